@@ -1,0 +1,32 @@
+"""Train, compare and serve transformers with Bank of Values attention.
+
+The names below load on first use, so that ``import bov_lightning`` (and ``bov --help``) costs
+nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "BankOfValues": "bov_lightning.model.values",
+    "Transformer": "bov_lightning.model.transformer",
+    "TransformerConfig": "bov_lightning.model.config",
+    "ValueConfig": "bov_lightning.model.config",
+    "load": "bov_lightning.checkpoint",
+}
+
+__all__ = ["BankOfValues", "Transformer", "TransformerConfig", "ValueConfig", "load"]
+
+if TYPE_CHECKING:
+    from bov_lightning.checkpoint import load
+    from bov_lightning.model.config import TransformerConfig, ValueConfig
+    from bov_lightning.model.transformer import Transformer
+    from bov_lightning.model.values import BankOfValues
+
+
+def __getattr__(name: str):
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

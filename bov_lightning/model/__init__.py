@@ -1,0 +1,1 @@
+"""The network: configuration, value sources, attention, transformer. Knows no files and no ranks."""

@@ -1,0 +1,108 @@
+"""Causal attention with rotary embeddings, grouped heads and sliding windows.
+
+Shapes: B batch, T time, C = d_model, H query heads, K key-value heads, D head dimension.
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bov_lightning.model.config import TransformerConfig
+from bov_lightning.model.layers import Linear, rms_norm
+from bov_lightning.model.values import LayerValues, ValueInputs
+
+ROTARY_BASE = 100_000
+QK_SCALE = 1.2
+
+
+def rotary_angles(n_token: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary angles, each (T, D/2), fp32."""
+    channel = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
+    frequency = 1.0 / (ROTARY_BASE ** (channel / head_dim))
+    position = torch.arange(n_token, dtype=torch.float32, device=device)
+    angle = torch.outer(position, frequency)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BTHD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """Rotates the halves of the head dimension against each other; keeps the dtype."""
+    x1, x2 = x_BTHD.chunk(2, dim=-1)
+    cos, sin = (a[:, None].to(x_BTHD.dtype) for a in (cos_TD, sin_TD))
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+@lru_cache(maxsize=8)
+def _window_mask(n_token: int, window: int, device: torch.device) -> Tensor:
+    """(T, T), True where a query (row) may see a key (column)."""
+    # Validation runs in inference mode; a mask born there could not be used in training.
+    with torch.inference_mode(False):
+        position = torch.arange(n_token, device=device)
+        distance = position[:, None] - position
+        return (distance >= 0) & (distance <= window)
+
+
+@lru_cache(maxsize=8)
+def _block_mask(n_token: int, window: int, device: torch.device):
+    """The same mask for FlexAttention, which skips the blocks that it hides."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def visible(batch, head, query, key):
+        return (query >= key) & (query - key <= window)
+
+    with torch.inference_mode(False):
+        return create_block_mask(visible, None, None, n_token, n_token, device=device)
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex_attention():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, window: int | None) -> Tensor:
+    """Causal attention, (B, H, T, D); a token sees itself and ``window`` tokens to its left.
+
+    The one place that chooses the implementation: torch's scaled dot product attention, except for
+    windows on CUDA, where FlexAttention skips what the window hides (it cannot train on a CPU).
+    """
+    n_token, grouped = q_BHTD.shape[2], q_BHTD.shape[1] != k_BKTD.shape[1]
+    if window is None or window >= n_token - 1:
+        return F.scaled_dot_product_attention(
+            q_BHTD, k_BKTD, v_BKTD, is_causal=True, enable_gqa=grouped
+        )
+    if q_BHTD.is_cuda:
+        mask = _block_mask(n_token, window, q_BHTD.device)
+        flex_attention = _compiled_flex_attention()
+        return flex_attention(q_BHTD, k_BKTD, v_BKTD, block_mask=mask, enable_gqa=grouped)
+    mask = _window_mask(n_token, window, q_BHTD.device)
+    return F.scaled_dot_product_attention(
+        q_BHTD, k_BKTD, v_BKTD, attn_mask=mask, enable_gqa=grouped
+    )
+
+
+class Attention(nn.Module):
+    """Self-attention whose values come from a `LayerValues`."""
+
+    def __init__(self, config: TransformerConfig, values: LayerValues, window: int | None):
+        super().__init__()
+        self.head_dim, self.window = config.head_dim, window
+        self.query = Linear(config.d_model, config.n_head * config.head_dim)
+        self.key = Linear(config.d_model, config.n_kv_head * config.head_dim)
+        self.value = values
+        self.output = Linear(config.n_head * config.head_dim, config.d_model)
+
+    def forward(self, inputs: ValueInputs, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Output (B, T, C) and this layer's value (B, T, K*D)."""
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (-1, self.head_dim))
+
+        q_BTHD = QK_SCALE * rms_norm(rotate(heads(self.query(inputs.x)), *rotary))
+        k_BTKD = QK_SCALE * rms_norm(rotate(heads(self.key(inputs.x)), *rotary))
+        value = self.value(inputs)
+        v_BTKD = heads(value).to(q_BTHD.dtype)
+        y_BHTD = attend(*(x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD)), self.window)
+        return self.output(y_BHTD.transpose(1, 2).flatten(2)), value

@@ -1,0 +1,174 @@
+"""The shape of the network, as typed dataclasses that refuse impossible combinations when built."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from bov_lightning.errors import UserError
+
+LAYER_SETS = {
+    "every": lambda layer, n_layer: True,
+    "every_second": lambda layer, n_layer: layer % 2 == (n_layer - 1) % 2,
+    "second_half": lambda layer, n_layer: layer >= n_layer // 2,
+    "last_two_thirds": lambda layer, n_layer: layer >= n_layer // 3,
+    "last_third": lambda layer, n_layer: layer >= 2 * n_layer // 3,
+}
+
+
+@dataclass(frozen=True)
+class ValueConfig:
+    """How the target layers get their value vectors. All other layers use x W_V."""
+
+    source: str = "context"
+    """Where a value comes from: context (x W_V), first_layer (the first layer's value),
+    initial_embedding (x0 W_V) or bank (a learned table, looked up by token id)."""
+
+    layers: (
+        Literal["every", "every_second", "second_half", "last_two_thirds", "last_third"] | list[int]
+    ) = "last_third"
+    """The target layers: a named set, or a list of layer indices that starts at 0."""
+
+    coefficient: Literal["learned", "gate"] | float = 1.0
+    """What the source is multiplied by: one learned scalar per layer, an input-dependent gate per
+    key-value head, or a fixed number."""
+
+    add_context: bool = False
+    """Whether to add the source to x W_V instead of replacing it. A fixed number then multiplies
+    both terms; learned gives a*V + b*source (a starts at 1, b at 0); gate gives V + gate*source."""
+
+    shared: bool = False
+    """Whether all target layers share one table (bank only)."""
+
+    def __post_init__(self):
+        from bov_lightning.model.values import source_class
+
+        source = source_class(self.source)
+        if self.shared and not source.shareable:
+            raise UserError(f"value.shared needs source bank, not {self.source}: set shared: false")
+        if self.coefficient == "gate":
+            if not source.gateable:
+                raise UserError(f"value.coefficient gate needs source bank, not {self.source}")
+            if not self.add_context:
+                raise UserError(
+                    "value.coefficient gate means V + gate*source: set add_context: true"
+                )
+        if self.add_context and source.is_context:
+            raise UserError("value.add_context would add context to itself: set add_context: false")
+        if isinstance(self.layers, list):
+            if not self.layers:
+                raise UserError("value.layers is an empty list: for no target layers use context")
+            if len(set(self.layers)) < len(self.layers):
+                raise UserError(f"value.layers names a layer twice: {self.layers}")
+            if 0 in self.layers and source.skips_first_layer:
+                raise UserError(
+                    f"value.layers holds 0, but {self.source} reads the value that layer 0 computes"
+                )
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The network's shape."""
+
+    n_layer: int = 12
+    """Number of layers."""
+
+    n_head: int = 6
+    """Query heads per layer; the head dimension is d_model / n_head."""
+
+    n_kv_head: int = 6
+    """Key and value heads per layer; divides n_head."""
+
+    d_model: int = 768
+    """Width of the residual stream."""
+
+    vocab_size: int | None = None
+    """Number of token ids. null: taken from the data's tokenizer."""
+
+    sequence_len: int = 2048
+    """Tokens per training row."""
+
+    window_pattern: str = "SSSL"
+    """Attention windows, tiled over the layers: L sees everything before it, S a quarter of
+    sequence_len (rounded up to 128). The last layer is always L."""
+
+    value: ValueConfig = field(default_factory=ValueConfig)
+    """Where value vectors come from."""
+
+    def __post_init__(self):
+        for name in ("n_layer", "n_head", "n_kv_head", "d_model", "sequence_len"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.config.{name} is {getattr(self, name)}: at least 1")
+        if self.d_model % self.n_head:
+            fitting = [n for n in range(1, self.d_model + 1) if self.d_model % n == 0]
+            nearest = min(fitting, key=lambda n: abs(n - self.n_head))
+            raise UserError(
+                f"model.config.d_model {self.d_model} is not divisible by n_head {self.n_head}: "
+                f"the nearest n_head that divides it is {nearest}"
+            )
+        if self.head_dim % 2:
+            raise UserError(
+                f"d_model / n_head is {self.head_dim}, but rotary embeddings need an even head "
+                "dimension: change d_model or n_head"
+            )
+        if self.n_head % self.n_kv_head:
+            raise UserError(
+                f"model.config.n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}"
+            )
+        if self.d_model < 24:
+            raise UserError(f"model.config.d_model is {self.d_model}: the smear reads 24 channels")
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            raise UserError(
+                f"model.config.window_pattern {self.window_pattern!r}: use the letters S and L"
+            )
+        if self.vocab_size is not None and self.vocab_size < 2:
+            raise UserError(f"model.config.vocab_size is {self.vocab_size}: at least 2")
+        if isinstance(self.value.layers, list):
+            outside = [layer for layer in self.value.layers if not 0 <= layer < self.n_layer]
+            if outside:
+                raise UserError(
+                    f"value.layers holds {outside[0]}, but the model has layers 0 to "
+                    f"{self.n_layer - 1}"
+                )
+        elif not self.target_layers:
+            raise UserError(
+                f"value.layers {self.value.layers} selects no layer of {self.n_layer} for source "
+                f"{self.value.source}: add layers or choose another set"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per head."""
+        return self.d_model // self.n_head
+
+    @property
+    def d_value(self) -> int:
+        """Channels of all value heads of one layer: n_kv_head * head_dim."""
+        return self.n_kv_head * self.head_dim
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """vocab_size rounded up to a multiple of 64, the rows of embedding, tables and head."""
+        if self.vocab_size is None:
+            raise UserError("model.config.vocab_size is not set and no tokenizer filled it in")
+        return -(-self.vocab_size // 64) * 64
+
+    @property
+    def target_layers(self) -> list[int]:
+        """The layers whose values come from ``value.source``."""
+        from bov_lightning.model.values import source_class
+
+        if isinstance(self.value.layers, list):
+            return sorted(self.value.layers)
+        first = 1 if source_class(self.value.source).skips_first_layer else 0
+        is_target = LAYER_SETS[self.value.layers]
+        return [layer for layer in range(first, self.n_layer) if is_target(layer, self.n_layer)]
+
+    @property
+    def windows(self) -> list[int | None]:
+        """Per layer, how many tokens to the left of itself a token sees; None: all of them."""
+        short = -(-self.sequence_len // 4 // 128) * 128
+        pattern = self.window_pattern
+        windows = [
+            short if pattern[i % len(pattern)] == "S" else None for i in range(self.n_layer)
+        ]
+        windows[-1] = None
+        return windows

@@ -1,0 +1,110 @@
+"""Soft-capped cross-entropy that never holds the logits of all tokens at once.
+
+Shapes: N tokens, C = d_model, V = vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SOFTCAP = 15.0
+IGNORED = -1
+LOGITS_PER_CHUNK = 2**24
+"""Elements of the fp32 logits that exist at once: 64 MiB."""
+
+
+def softcap(logits: Tensor) -> Tensor:
+    """Bounds logits smoothly to ±15."""
+    return SOFTCAP * torch.tanh(logits / SOFTCAP)
+
+
+def softcapped_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean"
+) -> Tensor:
+    """Negative log-likelihood in nats of ``targets`` under soft-capped logits ``x @ weight.T``.
+
+    Args:
+        x: (..., C), the normed output of the last block.
+        weight: (V, C).
+        targets: (...), int64; -1 is not counted.
+        reduction: ``mean`` over the counted targets (a scalar), or ``none``: the shape of
+            ``targets``, 0 where not counted, without gradient.
+    """
+    # Autocast does not reach into an autograd.Function: choose the matmul dtype here.
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    flat_x, flat_targets = x.flatten(0, -2), targets.flatten()
+    if reduction == "mean":
+        return _MeanCrossEntropy.apply(flat_x, weight, flat_targets)
+    if reduction == "none":
+        return _token_losses(flat_x, weight, flat_targets).view(targets.shape)
+    raise ValueError(f"reduction {reduction!r}: use mean or none")
+
+
+def _chunks(n_token: int, vocab_size: int) -> list[slice]:
+    size = max(1, LOGITS_PER_CHUNK // vocab_size)
+    return [slice(start, start + size) for start in range(0, n_token, size)]
+
+
+@torch.no_grad()
+def _token_losses(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
+    weight = weight_VC.to(x_NC.dtype)
+    losses = [
+        F.cross_entropy(
+            softcap(F.linear(x_NC[rows], weight).float()),
+            targets_N[rows],
+            ignore_index=IGNORED,
+            reduction="none",
+        )
+        for rows in _chunks(len(x_NC), len(weight))
+    ]
+    return torch.cat(losses)
+
+
+class _MeanCrossEntropy(torch.autograd.Function):
+    """Computes the gradients in the forward pass, while a chunk's logits are at hand.
+
+    So nothing of the size of the logits is kept, and nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx, x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
+        weight = weight_VC.to(x_NC.dtype)
+        counted = (targets_N != IGNORED).sum().clamp(min=1)
+        total = torch.zeros((), dtype=torch.float32, device=x_NC.device)
+        x_grad = torch.empty_like(x_NC) if ctx.needs_input_grad[0] else None
+        weight_grad = (
+            torch.zeros_like(weight_VC, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        )
+        for rows in _chunks(len(x_NC), len(weight)):
+            x, target = x_NC[rows], targets_N[rows]
+            capped = F.linear(x, weight).float().div_(SOFTCAP).tanh_()
+            log_probability = F.log_softmax(SOFTCAP * capped, dim=-1)
+            index, seen = target.clamp(min=0)[:, None], (target != IGNORED)[:, None]
+            total -= (log_probability.gather(1, index) * seen).sum()
+            if x_grad is None and weight_grad is None:
+                continue
+            # d loss / d logit = (softmax - onehot) * (1 - tanh^2), averaged over the targets.
+            grad = log_probability.exp_()
+            grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
+            grad.mul_(capped.square_().neg_().add_(1)).mul_(seen / counted)
+            grad = grad.to(x.dtype)
+            if x_grad is not None:
+                torch.mm(grad, weight, out=x_grad[rows])
+            if weight_grad is not None:
+                if x.dtype == weight_grad.dtype:
+                    weight_grad.addmm_(grad.T, x)
+                else:
+                    weight_grad += grad.T @ x
+        ctx.save_for_backward(x_grad, weight_grad)
+        ctx.weight_dtype = weight_VC.dtype
+        return total / counted
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        x_grad, weight_grad = ctx.saved_tensors
+        return (
+            None if x_grad is None else x_grad * grad_output.to(x_grad.dtype),
+            None if weight_grad is None else (weight_grad * grad_output).to(ctx.weight_dtype),
+            None,
+        )

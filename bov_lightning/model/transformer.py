@@ -1,0 +1,177 @@
+"""The whole network on one page.
+
+Shapes: B batch, T time, C = d_model, V = padded vocabulary.
+"""
+
+import hashlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bov_lightning.model.attention import Attention, rotary_angles
+from bov_lightning.model.config import TransformerConfig
+from bov_lightning.model.layers import Linear, rms_norm, uniform_
+from bov_lightning.model.loss import softcap, softcapped_cross_entropy
+from bov_lightning.model.values import LayerValues, ValueInputs, build_layer_values
+
+
+class Smear(nn.Module):
+    """Mixes a little of the previous token in: x_t += lambda * sigmoid(w . x_t[:24]) * x_{t-1}."""
+
+    optimizer_groups = {"strength": "smear", "gate": "smear"}
+    n_channel = 24
+
+    def __init__(self):
+        super().__init__()
+        self.strength = nn.Parameter(torch.empty(1))
+        self.gate = nn.Parameter(torch.empty(1, self.n_channel))
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        here, previous = x_BTC[:, 1:], x_BTC[:, :-1]
+        gate = self.strength * torch.sigmoid(F.linear(here[..., : self.n_channel], self.gate))
+        return torch.cat((x_BTC[:, :1], here + gate.to(x_BTC.dtype) * previous), dim=1)
+
+
+class MLP(nn.Module):
+    """W_2 relu(W_1 x)^2."""
+
+    def __init__(self, d_model: int):
+        super().__init__()
+        self.input = Linear(d_model, 4 * d_model)
+        self.output = Linear(4 * d_model, d_model)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        return self.output(F.relu(self.input(x_BTC)).square())
+
+
+class Block(nn.Module):
+    """Attention and MLP, each on the normed residual stream."""
+
+    def __init__(self, config: TransformerConfig, values: LayerValues, window: int | None):
+        super().__init__()
+        self.attention = Attention(config, values, window)
+        self.mlp = MLP(config.d_model)
+
+    def forward(self, x_BTC, x0_BTC, token_ids_BT, first_value, rotary) -> tuple[Tensor, Tensor]:
+        """The residual stream after this block, and the block's value."""
+        inputs = ValueInputs(rms_norm(x_BTC), x0_BTC, token_ids_BT, first_value)
+        attended_BTC, value = self.attention(inputs, rotary)
+        x_BTC = x_BTC + attended_BTC
+        return x_BTC + self.mlp(rms_norm(x_BTC)), value
+
+
+class Head(nn.Module):
+    """Soft-capped logits in fp32, or the loss without ever holding all of them."""
+
+    optimizer_groups = {"weight": "head"}
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.vocab_size = config.vocab_size
+        self.weight = nn.Parameter(torch.empty(config.padded_vocab_size, config.d_model))
+
+    def forward(self, x_BTC: Tensor, targets_BT: Tensor | None, reduction: str) -> Tensor:
+        weight = self.weight[: self.vocab_size]
+        if targets_BT is None:
+            return softcap(F.linear(x_BTC, weight.to(x_BTC.dtype)).float())
+        return softcapped_cross_entropy(x_BTC, weight, targets_BT, reduction)
+
+
+class Embedding(nn.Embedding):
+    """Token embedding, filled by `Transformer.initialise` alone."""
+
+    optimizer_groups = {"weight": "embedding"}
+
+    def reset_parameters(self) -> None:
+        """Nothing: the default initialisation would be overwritten at once."""
+
+
+class Transformer(nn.Module):
+    """A pre-norm decoder whose deep layers may take their values from elsewhere.
+
+    ``seed`` fixes the initialisation. Every parameter has its own random stream, named after it, so
+    that two models of one seed share all weights that both have.
+    """
+
+    def __init__(self, config: TransformerConfig, seed: int = 0):
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config.padded_vocab_size, config.d_model)
+        self.smear = Smear()
+        self.blocks = nn.ModuleList(
+            Block(config, values, window)
+            for values, window in zip(build_layer_values(config), config.windows, strict=True)
+        )
+        self.head = Head(config)
+        if not self.head.weight.is_meta:
+            self.initialise(seed)
+
+    def forward(
+        self, token_ids_BT: Tensor, targets_BT: Tensor | None = None, reduction: str = "mean"
+    ) -> Tensor:
+        """Logits (B, T, vocab_size) in fp32; with targets, their negative log-likelihood in nats.
+
+        Args:
+            token_ids_BT: int64.
+            targets_BT: int64; -1 is not counted.
+            reduction: ``mean`` over the counted targets (a scalar), or ``none``: (B, T), for
+                evaluation only, since it carries no gradient.
+        """
+        rotary = rotary_angles(token_ids_BT.shape[1], self.config.head_dim, token_ids_BT.device)
+        x_BTC = x0_BTC = self.smear(rms_norm(self.embedding(token_ids_BT)))
+        first_value = None
+        for block in self.blocks:
+            x_BTC, value = block(x_BTC, x0_BTC, token_ids_BT, first_value, rotary)
+            first_value = value if first_value is None else first_value
+        return self.head(rms_norm(x_BTC), targets_BT, reduction)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Fills every parameter; output projections and the smear start at zero."""
+
+        def generator(name: str) -> torch.Generator:
+            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            stream = torch.Generator(self.head.weight.device)
+            return stream.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+        bound = (3 / self.config.d_model) ** 0.5
+        self.embedding.weight.normal_(0, 0.8, generator=generator("embedding.weight"))
+        self.head.weight.normal_(0, 0.001, generator=generator("head.weight"))
+        self.smear.strength.zero_()
+        uniform_(self.smear.gate, Smear.n_channel**-0.5, generator("smear.gate"))
+        for i, block in enumerate(self.blocks):
+            name, attention, mlp = f"blocks.{i}", block.attention, block.mlp
+            for part in ("query", "key"):
+                weight = getattr(attention, part).weight
+                uniform_(weight, bound, generator(f"{name}.attention.{part}.weight"))
+            attention.value.initialise(
+                f"{name}.attention.value", self.embedding.weight, generator
+            )
+            attention.output.weight.zero_()
+            uniform_(mlp.input.weight, 0.4 * bound, generator(f"{name}.mlp.input.weight"))
+            mlp.output.weight.zero_()
+
+    def flops_per_token(self) -> int:
+        """Training FLOPs per token: 6 per matrix parameter in use, 12 per channel and visible key."""
+        config = self.config
+        linear = [m for block in self.blocks for m in (
+            block.attention.query, block.attention.key, block.attention.output,
+            block.mlp.input, block.mlp.output,
+        )]  # fmt: skip
+        matmul = self.head.weight.numel() + sum(m.weight.numel() for m in linear)
+        matmul += sum(block.attention.value.matmul_parameters() for block in self.blocks)
+        visible = sum(
+            min(config.sequence_len if window is None else window, config.sequence_len)
+            for window in config.windows
+        )
+        return 6 * matmul + 12 * config.n_head * config.head_dim * visible
+
+    def grouped_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by optimizer group; what no module names is a matrix."""
+        groups: dict[str, list[nn.Parameter]] = {}
+        for module in self.modules():
+            names = getattr(module, "optimizer_groups", {})
+            for name, parameter in module.named_parameters(recurse=False):
+                groups.setdefault(names.get(name, "matrix"), []).append(parameter)
+        return groups

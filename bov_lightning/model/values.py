@@ -1,0 +1,228 @@
+"""Value sources: where the value vectors of an attention layer come from.
+
+A source is one class. It owns its parameters, their initialisation and optimizer group, its forward
+pass, and says what decoding must keep for it. `LayerValues` combines a source with a coefficient and
+with the layer's context value x W_V; the variants of the paper are such combinations.
+
+Shapes: B batch, T time, C = d_model, V = n_kv_head * head_dim.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bov_lightning.errors import UserError
+from bov_lightning.model.layers import Linear, rms_norm, uniform_
+
+if TYPE_CHECKING:
+    from bov_lightning.model.config import TransformerConfig
+
+GATE_CHANNELS = 12
+"""The gate reads the first channels of x."""
+
+Generators = Callable[[str], torch.Generator]
+"""Gives the random generator of a parameter by its name."""
+
+
+class ValueInputs(NamedTuple):
+    """Everything that a value source may look at."""
+
+    x: Tensor
+    """The normed residual stream, (B, T, C)."""
+    x0: Tensor
+    """The initial token embedding, (B, T, C)."""
+    token_ids: Tensor
+    """(B, T), int64."""
+    first_value: Tensor | None
+    """The first layer's value, (B, T, V); None inside the first layer."""
+
+
+class ValueSource(nn.Module):
+    """One way of computing value vectors. Subclasses with a ``name`` are found by it in recipes."""
+
+    name: ClassVar[str]
+    n_projection: ClassVar[int] = 0
+    """How often the source applies the layer's own W_V."""
+    is_context: ClassVar[bool] = False
+    """Whether this is the layer's standard value x W_V."""
+    skips_first_layer: ClassVar[bool] = False
+    """Whether named layer sets leave out layer 0."""
+    shareable: ClassVar[bool] = False
+    """Whether one instance can serve all target layers."""
+    gateable: ClassVar[bool] = False
+    """Whether coefficient: gate makes sense."""
+    value_cache: ClassVar[bool] = True
+    """Whether decoding must keep the values of past tokens. False: token ids are enough."""
+    optimizer_groups: ClassVar[dict[str, str]] = {}
+    """Optimizer group by parameter name; a parameter that is not named is a Muon matrix."""
+
+    def __init__(self, config: "TransformerConfig"):
+        super().__init__()
+
+    def forward(self, inputs: ValueInputs, projection: nn.Module | None) -> Tensor:
+        """The values, (B, T, V); ``projection`` is the layer's W_V where it has one."""
+        raise NotImplementedError
+
+    def initialise(
+        self, values: "LayerValues", prefix: str, embedding: Tensor, generator: Generators
+    ) -> None:
+        """Fills the source's parameters. ``prefix`` is the name of ``values`` in the model and
+        ``embedding`` the initialised token embedding."""
+
+
+class ContextValue(ValueSource):
+    """Standard attention: V = x W_V."""
+
+    name = "context"
+    n_projection = 1
+    is_context = True
+
+    def forward(self, inputs, projection):
+        return projection(inputs.x)
+
+
+class FirstLayerValue(ValueSource):
+    """The value that the first layer computed."""
+
+    name = "first_layer"
+    skips_first_layer = True
+    value_cache = False
+
+    def forward(self, inputs, projection):
+        return inputs.first_value
+
+
+class InitialEmbeddingValue(ValueSource):
+    """The layer's own W_V applied to the initial token embedding, normed once more."""
+
+    name = "initial_embedding"
+    n_projection = 1
+
+    def forward(self, inputs, projection):
+        return projection(rms_norm(inputs.x0))
+
+
+class BankOfValues(ValueSource):
+    """A learned table of value vectors, one row per token id (arXiv 2606.02780).
+
+    Initialised to ``W_V RMSNorm(embedding)``, with W_V drawn as the layer's value matrix would be
+    and then dropped: at step 0 the layer attends exactly as with values from the embedding.
+    """
+
+    name = "bank"
+    shareable = True
+    gateable = True
+    value_cache = False
+    optimizer_groups = {"table": "table"}
+
+    def __init__(self, config: "TransformerConfig"):
+        super().__init__(config)
+        self.table = nn.Parameter(torch.empty(config.padded_vocab_size, config.d_value))
+
+    def forward(self, inputs, projection):
+        return F.embedding(inputs.token_ids, self.table)
+
+    @torch.no_grad()
+    def initialise(self, values, prefix, embedding, generator):
+        bound = (3 / embedding.shape[1]) ** 0.5
+        if values.gate is not None:
+            uniform_(self.table, bound, generator(f"{prefix}.source.table"))
+            return
+        projection = embedding.new_empty(self.table.shape[1], embedding.shape[1])
+        uniform_(projection, bound, generator(f"{prefix}.projection.weight"))
+        self.table.copy_(rms_norm(embedding) @ projection.T)
+
+
+def source_class(name: str) -> type[ValueSource]:
+    """The value source of that name; an unknown one is a `UserError` that lists the known ones."""
+    sources = {cls.name: cls for cls in ValueSource.__subclasses__()}
+    if name not in sources:
+        raise UserError(f"value.source {name!r} is unknown: use one of {', '.join(sources)}")
+    return sources[name]
+
+
+class LayerValues(nn.Module):
+    """The value vectors of one attention layer.
+
+    A target layer computes ``coefficient * source`` or, with add_context, ``a * x W_V +
+    coefficient * source``; every other layer x W_V.
+    """
+
+    optimizer_groups: ClassVar[dict[str, str]] = {
+        "coefficient": "coefficient",
+        "context_coefficient": "context_coefficient",
+    }
+
+    def __init__(self, config: "TransformerConfig", layer: int, shared: ValueSource | None = None):
+        """``shared`` is a source that another layer owns."""
+        super().__init__()
+        value, is_target = config.value, layer in config.target_layers
+        source = source_class(value.source) if is_target else ContextValue
+        self.add_context = is_target and value.add_context
+        self.n_projection = source.n_projection + self.add_context
+        self.projection = self.gate = self.coefficient = self.context_coefficient = None
+        self.constant = 1.0
+
+        if self.n_projection:
+            self.projection = Linear(config.d_model, config.d_value)
+        # A tuple hides a borrowed module from PyTorch: only its owner stores and trains it.
+        self._borrowed = () if shared is None else (shared,)
+        self.source = None if shared is not None else source(config)
+
+        if is_target and value.coefficient == "learned":
+            self.coefficient = nn.Parameter(torch.empty(1))
+            if self.add_context:
+                self.context_coefficient = nn.Parameter(torch.empty(1))
+        elif is_target and value.coefficient == "gate":
+            self.gate = Linear(GATE_CHANNELS, config.n_kv_head)
+        elif is_target:
+            self.constant = float(value.coefficient)
+
+    def forward(self, inputs: ValueInputs) -> Tensor:
+        """(B, T, V)."""
+        source = self._borrowed[0] if self._borrowed else self.source
+        value = source(inputs, self.projection)
+        if self.gate is not None:
+            gate = 3 * torch.sigmoid(self.gate(inputs.x[..., :GATE_CHANNELS]))
+            per_head = value.unflatten(-1, (gate.shape[-1], -1))
+            return self.projection(inputs.x) + (gate.unsqueeze(-1) * per_head).flatten(-2)
+        scale = self.constant if self.coefficient is None else self.coefficient
+        if not self.add_context:
+            return value if self.coefficient is None and scale == 1 else scale * value
+        context_scale = scale if self.coefficient is None else self.context_coefficient
+        return context_scale * self.projection(inputs.x) + scale * value
+
+    def matmul_parameters(self) -> int:
+        """Parameters that one token is multiplied with; a matrix applied twice counts twice."""
+        projection = 0 if self.projection is None else self.projection.weight.numel()
+        gate = 0 if self.gate is None else self.gate.weight.numel()
+        return self.n_projection * projection + gate
+
+    @torch.no_grad()
+    def initialise(self, prefix: str, embedding: Tensor, generator: Generators) -> None:
+        """Fills all parameters; ``prefix`` is this module's name in the model."""
+        if self.projection is not None:
+            bound = (3 / embedding.shape[1]) ** 0.5
+            uniform_(self.projection.weight, bound, generator(f"{prefix}.projection.weight"))
+        if self.gate is not None:
+            self.gate.weight.uniform_(0, 0.02, generator=generator(f"{prefix}.gate.weight"))
+        if self.coefficient is not None:
+            self.coefficient.fill_(0.0 if self.add_context else 1.0)
+        if self.context_coefficient is not None:
+            self.context_coefficient.fill_(1.0)
+        if self.source is not None:
+            self.source.initialise(self, prefix, embedding, generator)
+
+
+def build_layer_values(config: "TransformerConfig") -> list[LayerValues]:
+    """One `LayerValues` per layer; a shared source belongs to the first target layer."""
+    layers, shared = [], None
+    for layer in range(config.n_layer):
+        is_target = layer in config.target_layers
+        layers.append(LayerValues(config, layer, shared if is_target else None))
+        if config.value.shared and is_target and shared is None:
+            shared = layers[-1].source
+    return layers

@@ -1,0 +1,1 @@
+"""The Muon and AdamW optimizer, its parameter groups and its schedules. Knows no Lightning."""

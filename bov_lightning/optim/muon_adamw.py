@@ -1,0 +1,187 @@
+"""One optimizer: Muon with variance reduction for matrices, AdamW for everything else.
+
+The rule is that of the paper's training code: Nesterov momentum, orthogonalisation by Polar Express
+(arXiv 2505.16932) in bf16, NorMuon's variance reduction (arXiv 2510.05491) and cautious weight decay
+(arXiv 2510.12402).
+
+Parameters may be plain tensors or DTensors that FSDP2 sharded over their rows. State is kept per
+parameter and sharded like it, so that distributed checkpoints can reshard it. Matrices of one shape
+are updated together: for DTensors one all-to-all brings whole matrices to single ranks, which
+orthogonalise their part, and another brings them back.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, zeros
+
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+"""Coefficients (a, b, c) of the five iterations, for a safety factor of 1.01."""
+
+
+def polar_express(stack: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrices of a stack (n, rows, cols); computed and given in bf16."""
+    x = stack.bfloat16()
+    x = x / (1.01 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
+    tall = x.shape[-2] > x.shape[-1]
+    for a, b, c in POLAR_EXPRESS:
+        gram = x.mT @ x if tall else x @ x.mT
+        polynomial = b * gram + c * (gram @ gram)
+        x = a * x + (x @ polynomial if tall else polynomial @ x)
+    return x
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon and AdamW in one optimizer.
+
+    Args:
+        groups: parameter groups with the key ``kind``:
+            ``muon`` with ``lr``, ``momentum``, ``beta2``, ``weight_decay`` (2-D parameters only);
+            ``adamw`` with ``lr``, ``betas``, ``eps``, ``weight_decay`` (decoupled).
+    """
+
+    def __init__(self, groups: Iterable[dict]):
+        defaults = {"lr": 0.0, "weight_decay": 0.0}
+        super().__init__(list(groups), defaults)
+        for group in self.param_groups:
+            if group["kind"] not in ("muon", "adamw"):
+                raise ValueError(f"optimizer group kind {group['kind']!r}: use muon or adamw")
+            if group["kind"] == "muon" and any(p.ndim != 2 for p in group["params"]):
+                raise ValueError("Muon updates matrices only: give other parameters to adamw")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Updates all parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if group["kind"] == "adamw":
+                if parameters:
+                    self._adamw(parameters, group)
+                continue
+            by_shape = defaultdict(list)
+            for p in parameters:
+                by_shape[p.shape, p.device, p.dtype].append(p)
+            for matrices in by_shape.values():
+                self._muon(matrices, group)
+        return loss
+
+    def _adamw(self, parameters: list[Tensor], group: dict) -> None:
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]["step"] = torch.zeros((), dtype=torch.float32)
+                self.state[p]["exp_avg"] = torch.zeros_like(p)
+                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+        beta1, beta2 = group["betas"]
+        values = [_local(p) for p in parameters]
+        grads = [_local(p.grad) for p in parameters]
+        exp_avgs = [_local(self.state[p]["exp_avg"]) for p in parameters]
+        exp_avg_sqs = [_local(self.state[p]["exp_avg_sq"]) for p in parameters]
+        torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+        torch._foreach_mul_(exp_avg_sqs, beta2)
+        torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
+        if group["weight_decay"]:
+            torch._foreach_mul_(values, 1 - group["lr"] * group["weight_decay"])
+        denominators = torch._foreach_sqrt(exp_avg_sqs)
+        scales = []
+        for p, denominator in zip(parameters, denominators, strict=True):
+            self.state[p]["step"] += 1
+            step = self.state[p]["step"].item()
+            denominator.div_((1 - beta2**step) ** 0.5)
+            scales.append(-group["lr"] / (1 - beta1**step))
+        torch._foreach_add_(denominators, group["eps"])
+        torch._foreach_addcdiv_(values, exp_avgs, denominators, scales)
+
+    def _muon(self, matrices: list[Tensor], group: dict) -> None:
+        rows, cols = matrices[0].shape
+        # Variance reduction averages over the longer side: one number per row, or per column.
+        average_dim = -1 if rows >= cols else -2
+        for p in matrices:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+                self.state[p]["second_moment"] = _averaged_zeros(p, average_dim)
+        values = [_local(p) for p in matrices]
+        grads = [_local(p.grad) for p in matrices]
+        momenta = [_local(self.state[p]["momentum"]) for p in matrices]
+        second_moments = [_local(self.state[p]["second_moment"]) for p in matrices]
+
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        updates = torch._foreach_lerp(grads, momenta, group["momentum"])
+        x = self._orthogonalise(torch.stack(updates), matrices[0]).float()
+
+        n_average = cols if average_dim == -1 else rows
+        v = x.square().sum(dim=average_dim, keepdim=True)
+        if average_dim == -2:
+            v = _sum_over_shards(v, matrices[0])
+        v /= n_average
+        s = torch.stack(second_moments).lerp_(v, 1 - group["beta2"])
+        torch._foreach_copy_(second_moments, list(s))
+        r = s.clamp(min=1e-10).rsqrt()
+        squares = n_average * torch.stack((v, v * r * r)).flatten(2).sum(-1)
+        if average_dim == -1:
+            squares = _sum_over_shards(squares, matrices[0])
+        before, after = squares.sqrt()
+        x *= r * (before / after.clamp(min=1e-10))[:, None, None]
+
+        lr = group["lr"] * max(1.0, rows / cols) ** 0.5
+        for value, update in zip(values, x, strict=True):
+            if group["weight_decay"]:
+                agree = (update * value >= 0).to(value.dtype)
+                update = update + group["weight_decay"] * value * agree
+            value.sub_(lr * update)
+
+    def _orthogonalise(self, stack: Tensor, like: Tensor) -> Tensor:
+        """Polar Express of a stack of (local rows of) matrices that are laid out as ``like``."""
+        if not isinstance(like, DTensor):
+            return polar_express(stack)
+        (placement,) = like.placements
+        if not (isinstance(placement, Shard) and placement.dim == 0):
+            raise ValueError(f"Muon expects matrices sharded over their rows, got {placement}")
+        shape = torch.Size((len(stack), *like.shape))
+        stride = (like.shape[0] * like.shape[1], like.shape[1], 1)
+        by_rows = DTensor.from_local(
+            stack.bfloat16(), like.device_mesh, [Shard(1)], run_check=False, shape=shape,
+            stride=stride,
+        )  # fmt: skip
+        by_matrix = by_rows.redistribute(placements=[Shard(0)]).to_local()
+        whole = polar_express(by_matrix) if len(by_matrix) else by_matrix
+        result = DTensor.from_local(
+            whole.contiguous(), like.device_mesh, [Shard(0)], run_check=False, shape=shape,
+            stride=stride,
+        )  # fmt: skip
+        return result.redistribute(placements=[Shard(1)]).to_local()
+
+
+def _averaged_zeros(matrix: Tensor, dim: int) -> Tensor:
+    """Zeros of the matrix's shape with ``dim`` averaged away: kept where the other dimension is."""
+    shape = list(matrix.shape)
+    shape[dim] = 1
+    if not isinstance(matrix, DTensor):
+        return matrix.new_zeros(shape)
+    placements = matrix.placements if dim == -1 else [Replicate()]
+    return zeros(
+        shape, dtype=matrix.dtype, device_mesh=matrix.device_mesh, placements=placements
+    )
+
+
+def _sum_over_shards(local: Tensor, matrix: Tensor) -> Tensor:
+    """The sum over the ranks that hold the matrix's rows; in place."""
+    if isinstance(matrix, DTensor):
+        dist.all_reduce(local, group=matrix.device_mesh.get_group())
+    return local

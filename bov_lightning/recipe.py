@@ -1,0 +1,293 @@
+"""Recipes: typed sections, strict keys, and the rules by which several YAML files become one.
+
+A recipe is a YAML file, or several: a later one overrides an earlier one key by key, except that
+
+- a ``budget`` or a ``class_path`` of another class replaces the whole block;
+- ``key+: [...]`` extends a list.
+
+Dotted command-line options (``--model.config.n_layer 6``) are one more overlay.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from argparse import ArgumentError
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from bov_lightning.budget import BudgetConfig
+from bov_lightning.errors import UserError
+from bov_lightning.model.config import TransformerConfig
+from bov_lightning.optim.groups import OptimizerConfig
+
+REPLACED_WHOLE = {"model.budget"}
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """What is trained, how, and for how long."""
+
+    config: TransformerConfig = field(default_factory=TransformerConfig)
+    """The network's shape."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Learning rates, weight decay, schedule."""
+    budget: BudgetConfig | None = None
+    """How long to train."""
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """The global batch; the accumulation follows from it and the number of devices."""
+
+    tokens: int = 524288
+    """Tokens per optimizer step, over all devices."""
+    micro: int = 16
+    """Sequences per device and micro-step."""
+
+    def __post_init__(self):
+        for name in ("tokens", "micro"):
+            if getattr(self, name) < 1:
+                raise UserError(f"batch.{name} is {getattr(self, name)}: at least 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run lies: root/name."""
+
+    name: str = "run"
+    """Name of the run directory; a new name starts a new run."""
+    root: str = "runs"
+    """Folder of all runs."""
+
+    def __post_init__(self):
+        if not self.name or Path(self.name).name != self.name:
+            raise UserError(f"run.name {self.name!r} must be one folder name: use run.root for paths")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept. The last step is always written."""
+
+    every_steps: int = 500
+    """Optimizer steps between checkpoints."""
+    keep_last: int = 2
+    """How many of the newest to keep."""
+    keep_every: int | None = None
+    """Also keep every checkpoint whose step is a multiple of this."""
+
+    def __post_init__(self):
+        for name in ("every_steps", "keep_last", "keep_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"checkpoint.{name} is {getattr(self, name)}: at least 1")
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """When bits per byte are measured on held-out text. The last step is always validated."""
+
+    every_steps: int = 250
+    """Optimizer steps between validations."""
+    tokens: int | None = None
+    """Tokens to validate on, from the start of the held-out rows; null: all of them."""
+
+    def __post_init__(self):
+        for name in ("every_steps", "tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"validation.{name} is {getattr(self, name)}: at least 1")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole experiment."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    """Network, optimizer, budget."""
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    """Global batch."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """Run directory."""
+    seed: int = 0
+    """Seed of initialisation and data order."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """Bits per byte on held-out text."""
+    compile: bool = False
+    """Whether to compile each block with torch.compile (needs a C++ compiler on CPU)."""
+    activation_checkpointing: bool = False
+    """Whether to recompute activations in the backward pass instead of keeping them."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: continue from the newest complete checkpoint; never: move an old run of this name
+    aside and start afresh."""
+    data: dict[str, Any] | None = None
+    """class_path and init_args of a LightningDataModule."""
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """Arguments of lightning.pytorch.Trainer, except those that other sections decide."""
+
+
+def packaged_recipes() -> Path:
+    """The folder of the recipes that come with the package."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def find_recipe(name: str) -> Path:
+    """The file of that path; failing that the packaged recipe (``quickstart``, ``values/bov``)."""
+    relative = Path(name)
+    within = Path(*relative.parts[1:]) if relative.parts[:1] == ("recipes",) else relative
+    packaged = packaged_recipes() / within
+    for path in (relative, packaged, packaged.with_name(packaged.name + ".yaml")):
+        if path.is_file():
+            return path
+    raise UserError(f"recipe {name} does not exist, here or among those of the package")
+
+
+def read_yaml(path: Path) -> dict:
+    """The mapping in a YAML file; never runs code."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no recipe: its top level must be a mapping of keys")
+    return content
+
+
+def merge(base: dict, overlay: dict, path: str = "") -> dict:
+    """``base`` overridden by ``overlay``, as the module's docstring says; neither is changed."""
+    merged = dict(base)
+    for key, value in overlay.items():
+        here = f"{path}.{key}" if path else str(key)
+        if isinstance(key, str) and key.endswith("+"):
+            old = merged.get(key[:-1]) or []
+            merged[key[:-1]] = [*old, *(value if isinstance(value, list) else [value])]
+            continue
+        old = merged.get(key)
+        other_class = (
+            isinstance(old, dict) and isinstance(value, dict)
+            and "class_path" in value and value["class_path"] != old.get("class_path")
+        )  # fmt: skip
+        if isinstance(old, dict) and isinstance(value, dict) and not other_class:
+            merged[key] = value if here in REPLACED_WHOLE else merge(old, value, here)
+        else:
+            merged[key] = value
+    return merged
+
+
+def parse_options(options: list[str]) -> dict:
+    """``--a.b value`` and ``--a.b=value`` as an overlay {a: {b: value}}; values are YAML."""
+    overlay: dict = {}
+    remaining = list(options)
+    while remaining:
+        option = remaining.pop(0)
+        if not option.startswith("--"):
+            raise UserError(f"unexpected argument {option!r}: options look like --run.name NAME")
+        key, has_value, text = option[2:].partition("=")
+        if not has_value:
+            if not remaining:
+                raise UserError(f"option --{key} needs a value")
+            text = remaining.pop(0)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"--{key} {text}: the value is no YAML") from error
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        overlay = merge(overlay, value)
+    return overlay
+
+
+def _dataclass_of(annotation: Any) -> type | None:
+    """The dataclass in an annotation ``D`` or ``D | None``."""
+    options = (
+        typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    )
+    return next((option for option in options if dataclasses.is_dataclass(option)), None)
+
+
+def known_keys(cls: type, path: str = "") -> list[str]:
+    """All dotted keys of a config dataclass."""
+    keys = []
+    for name, annotation in typing.get_type_hints(cls).items():
+        here = f"{path}.{name}" if path else name
+        nested = _dataclass_of(annotation)
+        keys += [here, *(known_keys(nested, here) if nested else [])]
+    return keys
+
+
+def nearest(key: str, known: list[str]) -> str | None:
+    """The known dotted key that was probably meant."""
+    section, _, name = key.rpartition(".")
+    same_section = [k for k in known if k.rpartition(".")[0] == section]
+    if (close := difflib.get_close_matches(key, same_section, n=1)) :
+        return close[0]
+    by_name = {k.rpartition(".")[2]: k for k in reversed(known)}
+    for candidates in ([name], difflib.get_close_matches(name, by_name, n=1)):
+        if candidates and candidates[0] in by_name:
+            return by_name[candidates[0]]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    return close[0] if close else None
+
+
+def unknown_key(key: str, known: list[str], origin: str) -> UserError:
+    """The error for a key that does not exist."""
+    guess = nearest(key, known)
+    hint = f"did you mean {guess}?" if guess else f"known: {', '.join(known)}"
+    return UserError(f"{origin}: unknown key {key}: {hint}")
+
+
+def check_keys(data: dict, origin: str, cls: type = Recipe, path: str = "") -> None:
+    """Refuses keys that no section has, naming the nearest; values are checked elsewhere."""
+    hints = typing.get_type_hints(cls)
+    for key, value in data.items():
+        name = str(key).removesuffix("+")
+        here = f"{path}.{name}" if path else name
+        if name not in hints:
+            raise unknown_key(here, known_keys(Recipe), origin)
+        nested = _dataclass_of(hints[name])
+        if nested is None:
+            continue
+        if isinstance(value, dict):
+            check_keys(value, origin, nested, here)
+        elif value is not None:
+            raise UserError(f"{origin}: {here} is {value!r}, but must be a section with keys")
+
+
+def build(cls: type, data: dict, origin: str, path: str = "") -> Any:
+    """A config dataclass from plain data whose keys are known; types are checked.
+
+    Every problem is a `UserError` that names ``origin`` and the key.
+    """
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, path or None)
+    try:
+        parsed = parser.parse_object({path: data} if path else data)
+        built = parser.instantiate(parsed)
+        return built[path] if path else cls(**vars(built))
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from None
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise UserError(f"{origin}: {one_line(error)}") from None
+
+
+def one_line(error: Exception) -> str:
+    """The gist of one of jsonargparse's multi-line messages."""
+    if isinstance(error.__cause__, UserError):
+        return str(error.__cause__)
+    text = str(error)
+    key = re.search(r'key "([^"]+)"', text)
+    expected = re.findall(r"Expected an? (.+?)(?:\. Got|\n|$)", text)
+    value = re.search(r"(?:Given value|Got value): (.*)", text)
+    if not (key and expected and value):
+        return " ".join(text.split())
+    options = [re.sub(r"<class '(.+)'>|typing\.Literal", r"\1", option) for option in expected]
+    return f"{key[1]} is {value[1]!r}, but must be {' or '.join(options)}"
