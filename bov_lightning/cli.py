@@ -1,0 +1,232 @@
+"""The `bov` command. Imports what a command needs only when that command runs."""
+
+import argparse
+import errno
+import os
+import sys
+from pathlib import Path
+
+USAGE = """\
+usage: bov COMMAND ...
+
+  fit        train a recipe, or continue its run       bov fit --config recipes/quickstart.yaml
+  validate   measure bits per byte                     bov validate RUN-or-CHECKPOINT
+  plan       parameters, FLOPs, memory, before paying  bov plan --config R.yaml [--json]
+  generate   sample text                               bov generate RUN-or-CHECKPOINT --prompt P
+  import     read the paper's authors' checkpoints     bov import nanochat DIR --output D
+  recipes    list the recipes that come with bov
+
+Recipes are YAML files; several --config overlay each other, and --key.of.recipe VALUE overrides
+both. bov COMMAND --help says more.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports mistakes as `UserError`, in one line."""
+
+    def error(self, message: str):
+        from bov_lightning.errors import UserError
+
+        raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")
+
+
+def _recipe_parser(command: str, description: str) -> _Parser:
+    parser = _Parser(
+        prog=f"bov {command}",
+        description=description,
+        epilog="Every key of the recipe is an option too, for example --run.name NAME. "
+        "bov fit --keys lists them all with their meaning.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="R.yaml",
+        help="a recipe, or an overlay on the ones before it",
+    )  # fmt: skip
+    return parser
+
+
+def _read_recipe(paths: list[str], options: list[str], base: dict | None = None):
+    """(typed recipe, the same as plain data, its name for messages)."""
+    from bov_lightning.errors import UserError
+    from bov_lightning.recipe import Recipe, build, check_keys, find_recipe, merge, parse_options
+    from bov_lightning.recipe import read_yaml as read
+
+    if not paths and base is None:
+        raise UserError("give a recipe: --config recipes/quickstart.yaml")
+    settings = dict(base or {})
+    for name in paths:
+        path = find_recipe(name)
+        overlay = read(path)
+        check_keys(overlay, str(path))
+        settings = merge(settings, overlay)
+    overlay = parse_options(options)
+    check_keys(overlay, "command line")
+    settings = merge(settings, overlay)
+    origin = paths[-1] if paths else "recipe"
+    return build(Recipe, settings, origin), settings, origin
+
+
+def _fit(arguments: list[str]) -> None:
+    parser = _recipe_parser("fit", "Trains a recipe; continues its run if there is one.")
+    parser.add_argument("--keys", action="store_true", help="list all keys of a recipe and exit")
+    known, options = parser.parse_known_args(arguments)
+    if known.keys:
+        return _print_keys()
+    recipe, settings, origin = _read_recipe(known.config, options)
+    from bov_lightning.training import fit
+
+    fit(recipe, settings, origin)
+
+
+def _print_keys() -> None:
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    from bov_lightning.recipe import Recipe
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog="bov fit", usage="bov fit --config R.yaml [--key VALUE ...]")
+    parser.add_class_arguments(Recipe)
+    parser.print_help()
+
+
+def _validate(arguments: list[str]) -> None:
+    parser = _recipe_parser("validate", "Prints val_bpb on the held-out text of the run's data.")
+    parser.add_argument("checkpoint", help="a run directory (its newest checkpoint) or a checkpoint")
+    known, options = parser.parse_known_args(arguments)
+    from bov_lightning.checkpoint import CONFIG, find_checkpoint
+    from bov_lightning.recipe import check_keys, read_yaml
+
+    checkpoint = find_checkpoint(known.checkpoint)
+    stored = read_yaml(checkpoint / CONFIG)
+    check_keys(stored, str(checkpoint / CONFIG))
+    _check_stored_classes(stored, checkpoint / CONFIG)
+    recipe, settings, origin = _read_recipe(known.config, options, base=stored)
+    from bov_lightning.training import validate
+
+    validate(checkpoint, recipe, settings, origin if known.config else str(checkpoint / CONFIG))
+
+
+def _check_stored_classes(stored: dict, path: Path) -> None:
+    """A checkpoint may come from a stranger: it names no classes but this project's."""
+    from bov_lightning.errors import UserError
+
+    stored["trainer"] = {k: v for k, v in (stored.get("trainer") or {}).items() if k in _HARMLESS}
+    pending = [stored.get("data") or {}]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            name = value.get("class_path", "data_modules.")
+            if not str(name).startswith("data_modules."):
+                raise UserError(
+                    f"{path} names the class {name}: to trust it, give its data section in a "
+                    "--config of your own and remove it there"
+                )
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
+
+
+_HARMLESS = ("accelerator", "devices", "precision")
+
+
+def _plan(arguments: list[str]) -> None:
+    parser = _recipe_parser("plan", "Prints what a recipe costs; trains and allocates nothing.")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--devices", type=int, default=1, help="devices that share the model")
+    known, options = parser.parse_known_args(arguments)
+    recipe, _, origin = _read_recipe(known.config, options)
+    from bov_lightning.plan import print_plan
+
+    print_plan(recipe, origin, known.devices, as_json=known.json)
+
+
+def _generate(arguments: list[str]) -> None:
+    parser = _Parser(prog="bov generate", description="Samples text from a checkpoint.")
+    parser.add_argument("checkpoint", help="a run directory (its newest checkpoint) or a checkpoint")
+    parser.add_argument("--prompt", default="", help="text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=100, help="tokens to sample")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest")
+    parser.add_argument("--top-k", type=int, help="sample among the k likeliest only")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
+    known = parser.parse_args(arguments)
+    from bov_lightning.generate import generate
+
+    generate(**vars(known))
+
+
+def _import(arguments: list[str]) -> None:
+    parser = _Parser(prog="bov import", description="Turns another code's checkpoint into ours.")
+    parser.add_argument("kind", choices=["nanochat"], help="whose checkpoint it is")
+    parser.add_argument("directory", type=Path, help="holds model_NNNNNN.pt and meta_NNNNNN.json")
+    parser.add_argument("--output", type=Path, required=True, help="directory to write")
+    known = parser.parse_args(arguments)
+    from bov_lightning.nanochat import import_nanochat
+
+    config = import_nanochat(known.directory, known.output)
+    print(f"{known.output}: {config.n_layer} layers, d_model {config.d_model}, {config.value}")
+
+
+def _recipes(arguments: list[str]) -> None:
+    _Parser(prog="bov recipes", description="Lists the recipes of the package.").parse_args(arguments)
+    from bov_lightning.recipe import packaged_recipes
+
+    folder = packaged_recipes()
+    for path in sorted(folder.rglob("*.yaml")):
+        print(path.relative_to(folder).with_suffix(""))
+
+
+COMMANDS = {
+    "fit": _fit,
+    "validate": _validate,
+    "plan": _plan,
+    "generate": _generate,
+    "import": _import,
+    "recipes": _recipes,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0, or 2 for the user's mistakes."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    if arguments[0] == "--version":
+        from bov_lightning import __version__
+
+        print(f"bov-lightning {__version__}")
+        return 0
+    from bov_lightning.errors import UserError
+
+    try:
+        if arguments[0] not in COMMANDS:
+            import difflib
+
+            close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"use {', '.join(COMMANDS)}"
+            raise UserError(f"unknown command {arguments[0]!r}: {hint}")
+        COMMANDS[arguments[0]](arguments[1:])
+    except UserError as error:
+        return _fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        return _fail(f"{error.filename or 'a file'} cannot be written: {error.strerror}")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"bov: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def entry_point() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry_point()

@@ -1,0 +1,319 @@
+"""`bov fit` and `bov validate`: from a recipe to a LightningCLI, a Trainer and a run directory."""
+
+import copy
+import inspect
+import logging
+import math
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+
+from bov_lightning.budget import accumulation, make_plan
+from bov_lightning.checkpoint import complete_checkpoints, read_marker, read_weights
+from bov_lightning.errors import UserError
+from bov_lightning.module import BoVModule
+from bov_lightning.progress import MetricsCSV, Reporter
+from bov_lightning.recipe import (
+    BatchConfig,
+    CheckpointConfig,
+    Recipe,
+    RunConfig,
+    ValidationConfig,
+    one_line,
+    read_yaml,
+    unknown_key,
+)
+from bov_lightning.run import Checkpointer, DirectoryCheckpointIO, RunFiles, move_aside
+
+DERIVED = {
+    "max_steps": "model.budget",
+    "min_steps": "model.budget",
+    "max_epochs": "model.budget",
+    "min_epochs": "model.budget",
+    "accumulate_grad_batches": "batch",
+    "val_check_interval": "validation.every_steps",
+    "check_val_every_n_epoch": "validation.every_steps",
+    "limit_val_batches": "validation.tokens",
+    "default_root_dir": "run",
+    "enable_checkpointing": "checkpoint",
+    "enable_progress_bar": "nothing: bov shows its own",
+}
+"""Arguments of the Trainer that other sections decide."""
+
+FIXED_BY_RUN = ("model.config", "model.optimizer", "batch.tokens", "seed", "data")
+"""What a resumed run must not change."""
+
+
+class RecipeCLI(LightningCLI):
+    """Builds DataModule, module and Trainer from a merged recipe."""
+
+    def __init__(self, settings: dict, trainer_arguments: dict[str, Any]):
+        """
+        Args:
+            settings: the merged recipe as plain data.
+            trainer_arguments: what the other sections decide about the Trainer.
+        """
+        self.trainer_arguments = trainer_arguments
+        super().__init__(
+            BoVModule,
+            LightningDataModule,
+            subclass_mode_data=True,
+            seed_everything_default=False,
+            save_config_callback=None,
+            run=False,
+            # A copy: jsonargparse turns parts of what it is given into its own types.
+            args=copy.deepcopy(settings),
+            parser_kwargs={"exit_on_error": False},
+        )
+
+    def add_arguments_to_parser(self, parser) -> None:
+        """The sections beside model, data and trainer, and what they fill in."""
+        parser.add_class_arguments(BatchConfig, "batch")
+        parser.add_class_arguments(RunConfig, "run")
+        parser.add_class_arguments(CheckpointConfig, "checkpoint")
+        parser.add_class_arguments(ValidationConfig, "validation")
+        parser.add_argument("--seed", type=int, default=Recipe.seed)
+        parser.add_argument("--compile", type=bool, default=Recipe.compile)
+        parser.add_argument(
+            "--activation_checkpointing", type=bool, default=Recipe.activation_checkpointing
+        )
+        parser.add_argument("--resume", type=str, default=Recipe.resume)
+        for source, target in (
+            ("batch.tokens", "model.batch_tokens"),
+            ("seed", "model.seed"),
+            ("compile", "model.compile"),
+            ("activation_checkpointing", "model.activation_checkpointing"),
+            ("model.config.sequence_len", "data.init_args.sequence_len"),
+            ("batch.micro", "data.init_args.micro"),
+            ("seed", "data.init_args.seed"),
+            ("validation.tokens", "data.init_args.validation_tokens"),
+        ):
+            parser.link_arguments(source, target)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list) -> Trainer:
+        own = dict(self.trainer_arguments)
+        loggers = config.pop("logger", None)
+        loggers = loggers if isinstance(loggers, list) else [loggers] if loggers else []
+        config = {name: value for name, value in config.items() if name not in DERIVED}
+        config["logger"] = [*own.pop("loggers"), *(logger for logger in loggers if logger is not True)]
+        config["plugins"] = [*(config.pop("plugins", None) or []), *own.pop("plugins")]
+        return super()._instantiate_trainer(config | own, [*callbacks, *own.pop("callbacks")])
+
+    def resolved_data(self) -> dict:
+        """class_path and init_args of the DataModule with every default spelled out."""
+        return yaml.safe_load(self.parser.dump(self.config))["data"]
+
+
+def _check_class(section: dict, where: str, origin: str) -> None:
+    """Names the nearest argument for an unknown one of ``section``'s class, if it can be found."""
+    from importlib import import_module
+
+    path, arguments = section.get("class_path"), section.get("init_args") or {}
+    module_name, _, class_name = str(path).rpartition(".")
+    try:
+        known = inspect.signature(getattr(import_module(module_name), class_name)).parameters
+    except (ImportError, ValueError, AttributeError, TypeError):
+        raise UserError(f"{origin}: {where}.class_path {path} cannot be imported") from None
+    for name, value in arguments.items():
+        here = f"{where}.init_args.{name}"
+        if name not in known:
+            options = [f"{where}.init_args.{option}" for option in known]
+            raise unknown_key(here, options, origin)
+        if isinstance(value, dict) and "class_path" in value:
+            _check_class(value, here, origin)
+
+
+def build_cli(settings: dict, trainer_arguments: dict[str, Any], origin: str) -> RecipeCLI:
+    """The objects of a recipe; every problem is a `UserError`."""
+    if not settings.get("data"):
+        raise UserError(f"{origin}: the recipe has no data section")
+    trainer_keys = inspect.signature(Trainer.__init__).parameters
+    for key in settings.get("trainer") or {}:
+        if key in DERIVED:
+            raise UserError(f"{origin}: trainer.{key} follows from {DERIVED[key]}: set that instead")
+        if key not in trainer_keys:
+            options = [f"trainer.{name}" for name in trainer_keys if name != "self"]
+            raise unknown_key(f"trainer.{key}", options, origin)
+    _check_class(settings["data"], "data", origin)
+    try:
+        return RecipeCLI(settings, trainer_arguments)
+    except UserError:
+        raise
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, UserError):
+                raise UserError(f"{origin}: {cause}") from None
+            cause = cause.__cause__ or cause.__context__
+        if type(error).__module__.startswith(("jsonargparse", "argparse")):
+            raise UserError(f"{origin}: {one_line(error)}") from None
+        raise
+
+
+def _quiet_lightning() -> None:
+    """Leaves the screen to the run's own lines; warnings about what we decide are not news."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+        ".*Checkpoint directory.*exists and is not empty.*",
+        ".*is not a subclass of.*DataLoader.*",
+        ".*LightningCLI's args parameter is intended.*",
+        ".*GPU available but not used.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _trainer_arguments(recipe: Recipe, loggers: list, plugins: list, callbacks: list) -> dict:
+    return {
+        "loggers": loggers,
+        "plugins": plugins,
+        "callbacks": callbacks,
+        "default_root_dir": recipe.run.root,
+        "max_epochs": -1,
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 0,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+    }
+
+
+def _get(data: Any, key: str) -> Any:
+    for part in key.split("."):
+        data = data.get(part) if isinstance(data, dict) else None
+    return data
+
+
+def _check_same_run(run: Path, resolved: dict) -> None:
+    """Refuses to resume under settings that the run was not trained with."""
+    old = read_yaml(run / "config.yaml")
+    for section in FIXED_BY_RUN:
+        difference = _first_difference(_get(old, section), _get(resolved, section), section)
+        if difference:
+            key, before, now = difference
+            raise UserError(
+                f"{run} was trained with {key} {before!r}, not {now!r}: use another run.name, or "
+                "--resume never to start it afresh"
+            )
+
+
+def _first_difference(old: Any, new: Any, key: str) -> tuple[str, Any, Any] | None:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in dict.fromkeys([*old, *new]):
+            if found := _first_difference(old.get(name), new.get(name), f"{key}.{name}"):
+                return found
+        return None
+    return None if old == new else (key, old, new)
+
+
+def _plain(value: Any) -> Any:
+    from dataclasses import asdict, is_dataclass
+
+    return asdict(value) if is_dataclass(value) else value
+
+
+def fit(recipe: Recipe, settings: dict, origin: str) -> None:
+    """Trains the recipe, or continues the run of its name, and prints val_bpb at the end.
+
+    Args:
+        recipe: the typed recipe.
+        settings: the same as plain data, for LightningCLI.
+        origin: what to call the recipe in error messages.
+    """
+    started = time.monotonic()
+    _quiet_lightning()
+    console = Console(stderr=True)
+    run = Path(recipe.run.root) / recipe.run.name
+    batch, config = recipe.batch, recipe.model.config
+    if recipe.model.budget is None:
+        raise UserError(f"{origin}: model.budget is not set: give flops, tokens or steps")
+    # One device divides what any number of devices could: refuse before Lightning starts.
+    accumulation(batch.tokens, batch.micro, config.sequence_len, 1)
+
+    resolved = {name: _plain(value) for name, value in vars(recipe).items() if name != "resume"}
+    csv_logger, reporter = MetricsCSV(run), Reporter()
+    tensorboard = TensorBoardLogger(recipe.run.root, name=recipe.run.name, version="")
+    checkpoint_io = DirectoryCheckpointIO(run, "")
+    run_files = RunFiles(run, "", {})
+    cli = build_cli(
+        settings,
+        _trainer_arguments(
+            recipe,
+            [csv_logger, tensorboard],
+            [checkpoint_io],
+            [run_files, reporter, Checkpointer(run, recipe.checkpoint)],
+        ),
+        origin,
+    )
+    resolved["data"] = cli.resolved_data()
+    trainer, module = cli.trainer, cli.model
+    config_yaml = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
+    run_files.config_yaml = checkpoint_io.config_yaml = config_yaml
+    run_files.figures = make_plan(config, recipe.model.budget, batch.tokens, trainer.world_size)
+
+    n_micro = accumulation(batch.tokens, batch.micro, config.sequence_len, trainer.world_size)
+    trainer.accumulate_grad_batches = n_micro
+    trainer.fit_loop.epoch_loop.max_steps = module.n_step
+    trainer.val_check_interval = recipe.validation.every_steps * n_micro
+
+    resume_from = None
+    if trainer.is_global_zero and run.exists() and recipe.resume == "never":
+        console.print(f"moved the old run to {move_aside(run)}", highlight=False)
+    if found := complete_checkpoints(run):
+        _check_same_run(run, resolved)
+        resume_from = found[-1]
+        step = read_marker(resume_from)["step"]
+        csv_logger.resume_at(step)
+        console.print(f"resuming {run} from step {step} ({resume_from})", highlight=False)
+    seed_everything(recipe.seed, workers=True, verbose=False)
+    try:
+        trainer.fit(module, datamodule=cli.datamodule, ckpt_path=resume_from)
+    except KeyboardInterrupt:
+        raise UserError(f"interrupted: start the same command again to continue {run}") from None
+    if trainer.interrupted:
+        raise SystemExit(130)
+    if reporter.validated_step != trainer.global_step:
+        trainer.validate(module, datamodule=cli.datamodule, verbose=False)
+        csv_logger.log_metrics({"val_bpb": reporter.latest["val_bpb"]}, trainer.global_step)
+        tensorboard.log_metrics({"val_bpb": reporter.latest["val_bpb"]}, trainer.global_step)
+        tensorboard.save()
+    if trainer.is_global_zero:
+        minutes = (time.monotonic() - started) / 60
+        print(f"val_bpb {reporter.latest['val_bpb']:.4f}")
+        print(f"run {run} (step {trainer.global_step}, {minutes:.1f} min)")
+
+
+def validate(checkpoint: Path, recipe: Recipe, settings: dict, origin: str) -> float:
+    """Prints and returns the checkpoint's val_bpb on the recipe's held-out text."""
+    from bov_lightning.checkpoint import TOKENIZER, load_weights
+
+    _quiet_lightning()
+    cli = build_cli(settings, _trainer_arguments(recipe, [], [], []), origin)
+    module, data = cli.model, cli.datamodule
+    module.configure_model()
+    load_weights(module.model, read_weights(checkpoint), checkpoint)
+    if (checkpoint / TOKENIZER).is_dir():
+        from data_modules.tokenizer import tokenizer_hash
+
+        data.prepare_data()
+        own, theirs = tokenizer_hash(checkpoint / TOKENIZER), tokenizer_hash(data.tokenizer_directory)
+        if own != theirs:
+            raise UserError(
+                f"{checkpoint} was trained with another tokenizer than that of the data "
+                f"({own}, not {theirs}): set data.init_args.tokenizer.path to {checkpoint / TOKENIZER}"
+            )
+    (result,) = cli.trainer.validate(module, datamodule=data, verbose=False)
+    if cli.trainer.is_global_zero:
+        print(f"val_bpb {result['val_bpb']:.4f}")
+    if not math.isfinite(result["val_bpb"]):
+        raise UserError(f"{checkpoint}: val_bpb is not finite")
+    return result["val_bpb"]
