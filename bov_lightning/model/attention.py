@@ -15,6 +15,7 @@ from bov_lightning.model.values import LayerValues, ValueInputs
 
 ROTARY_BASE = 100_000
 QK_SCALE = 1.2
+"""Normed queries and keys are both multiplied by this; `attend` does it in one product."""
 
 
 def rotary_angles(n_token: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -63,24 +64,25 @@ def _compiled_flex_attention():
 
 
 def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, window: int | None) -> Tensor:
-    """Causal attention, (B, H, T, D); a token sees itself and ``window`` tokens to its left.
+    """Causal attention of normed queries and keys, (B, H, T, D).
+
+    A token sees itself and ``window`` tokens to its left.
 
     The one place that chooses the implementation: torch's scaled dot product attention, except for
     windows on CUDA, where FlexAttention skips what the window hides (it cannot train on a CPU).
     """
-    n_token, grouped = q_BHTD.shape[2], q_BHTD.shape[1] != k_BKTD.shape[1]
+    n_token = q_BHTD.shape[2]
+    how = {
+        "scale": QK_SCALE**2 / q_BHTD.shape[3] ** 0.5,
+        "enable_gqa": q_BHTD.shape[1] != k_BKTD.shape[1],
+    }
     if window is None or window >= n_token - 1:
-        return F.scaled_dot_product_attention(
-            q_BHTD, k_BKTD, v_BKTD, is_causal=True, enable_gqa=grouped
-        )
+        return F.scaled_dot_product_attention(q_BHTD, k_BKTD, v_BKTD, is_causal=True, **how)
     if q_BHTD.is_cuda:
         mask = _block_mask(n_token, window, q_BHTD.device)
-        flex_attention = _compiled_flex_attention()
-        return flex_attention(q_BHTD, k_BKTD, v_BKTD, block_mask=mask, enable_gqa=grouped)
+        return _compiled_flex_attention()(q_BHTD, k_BKTD, v_BKTD, block_mask=mask, **how)
     mask = _window_mask(n_token, window, q_BHTD.device)
-    return F.scaled_dot_product_attention(
-        q_BHTD, k_BKTD, v_BKTD, attn_mask=mask, enable_gqa=grouped
-    )
+    return F.scaled_dot_product_attention(q_BHTD, k_BKTD, v_BKTD, attn_mask=mask, **how)
 
 
 class Attention(nn.Module):
@@ -100,8 +102,8 @@ class Attention(nn.Module):
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (-1, self.head_dim))
 
-        q_BTHD = QK_SCALE * rms_norm(rotate(heads(self.query(inputs.x)), *rotary))
-        k_BTKD = QK_SCALE * rms_norm(rotate(heads(self.key(inputs.x)), *rotary))
+        q_BTHD = rms_norm(rotate(heads(self.query(inputs.x)), *rotary))
+        k_BTKD = rms_norm(rotate(heads(self.key(inputs.x)), *rotary))
         value = self.value(inputs)
         v_BTKD = heads(value).to(q_BTHD.dtype)
         y_BHTD = attend(*(x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD)), self.window)
