@@ -47,23 +47,21 @@ def _recipe_parser(command: str, description: str) -> _Parser:
 
 def _read_recipe(paths: list[str], options: list[str], base: dict | None = None):
     """(typed recipe, the same as plain data, its name for messages)."""
+    from bov_lightning import recipe
     from bov_lightning.errors import UserError
-    from bov_lightning.recipe import Recipe, build, check_keys, find_recipe, merge, parse_options
-    from bov_lightning.recipe import read_yaml as read
 
     if not paths and base is None:
         raise UserError("give a recipe: --config recipes/quickstart.yaml")
+    overlays = [(path := recipe.find_recipe(name), recipe.read_yaml(path)) for name in paths]
     settings = dict(base or {})
-    for name in paths:
-        path = find_recipe(name)
-        overlay = read(path)
-        check_keys(overlay, str(path))
-        settings = merge(settings, overlay)
-    overlay = parse_options(options)
-    check_keys(overlay, "command line")
-    settings = merge(settings, overlay)
+    for origin, overlay in (*overlays, ("command line", recipe.parse_options(options))):
+        recipe.check_keys(overlay, str(origin))
+        settings = recipe.merge(settings, overlay)
     origin = paths[-1] if paths else "recipe"
-    return build(Recipe, settings, origin), settings, origin
+    if overlays and not (settings.get("run") or {}).get("name"):
+        name = recipe.default_run_name(overlays)
+        settings = recipe.merge(settings, {"run": {"name": name}})
+    return recipe.build(recipe.Recipe, settings, origin), settings, origin
 
 
 def _fit(arguments: list[str]) -> None:

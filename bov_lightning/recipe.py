@@ -59,13 +59,14 @@ class BatchConfig:
 class RunConfig:
     """Where the run lies: root/name."""
 
-    name: str = "run"
-    """Name of the run directory; a new name starts a new run."""
+    name: str | None = None
+    """Name of the run directory; a new name starts a new run. null: the name of the recipe file,
+    and of the overlays that change the model (quickstart-standard)."""
     root: str = "runs"
     """Folder of all runs."""
 
     def __post_init__(self):
-        if not self.name or Path(self.name).name != self.name:
+        if self.name is not None and (not self.name or Path(self.name).name != self.name):
             raise UserError(f"run.name {self.name!r} must be one folder name: use run.root for paths")
 
 
@@ -134,6 +135,12 @@ def packaged_recipes() -> Path:
     """The folder of the recipes that come with the package."""
     inside = Path(__file__).parent / "recipes"
     return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def default_run_name(overlays: list[tuple[Path, dict]]) -> str:
+    """The first file's name, and those of the later files that change the model."""
+    first, *later = overlays
+    return "-".join([first[0].stem, *(path.stem for path, data in later if "model" in data)])
 
 
 def find_recipe(name: str) -> Path:
@@ -265,8 +272,10 @@ def build(cls: type, data: dict, origin: str, path: str = "") -> Any:
 
     Every problem is a `UserError` that names ``origin`` and the key.
     """
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
+    # A class named below `data` is built by LightningCLI, which knows what it may be; not here.
+    set_parsing_settings(instantiate_subclass_spec_in_any=False)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, path or None)
     try:

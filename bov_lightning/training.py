@@ -3,7 +3,6 @@
 import copy
 import inspect
 import logging
-import math
 import time
 import warnings
 from pathlib import Path
@@ -166,6 +165,7 @@ def _quiet_lightning() -> None:
         ".*Checkpoint directory.*exists and is not empty.*",
         ".*is not a subclass of.*DataLoader.*",
         ".*LightningCLI's args parameter is intended.*",
+        ".*is smaller than the logging interval.*",
         ".*GPU available but not used.*",
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -311,9 +311,8 @@ def validate(checkpoint: Path, recipe: Recipe, settings: dict, origin: str) -> f
                 f"{checkpoint} was trained with another tokenizer than that of the data "
                 f"({own}, not {theirs}): set data.init_args.tokenizer.path to {checkpoint / TOKENIZER}"
             )
-    (result,) = cli.trainer.validate(module, datamodule=data, verbose=False)
+    cli.trainer.validate(module, datamodule=data, verbose=False)
+    val_bpb = float(cli.trainer.callback_metrics["val_bpb"])
     if cli.trainer.is_global_zero:
-        print(f"val_bpb {result['val_bpb']:.4f}")
-    if not math.isfinite(result["val_bpb"]):
-        raise UserError(f"{checkpoint}: val_bpb is not finite")
-    return result["val_bpb"]
+        print(f"val_bpb {val_bpb:.4f}")
+    return val_bpb

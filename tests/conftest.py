@@ -1,9 +1,14 @@
-"""What all tests share: one thread, and the reference folder, where it is there."""
+"""What all tests share: one thread, the reference folder where it is there, and a tiny recipe."""
 
+import json
 import os
+import sysconfig
 from pathlib import Path
 
 import pytest
+import yaml
+
+from data_modules.sources import cut_at_lines
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -23,3 +28,64 @@ def shared() -> Path:
     """The folder of reference numbers made by the paper's authors' code."""
     require((SHARED / "parity" / "parity.json").is_file(), "shared", f"{SHARED} is not there")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_settings(tmp_path_factory) -> dict:
+    """A recipe that trains on a little real text in a second; its data is prepared once."""
+    folder = tmp_path_factory.mktemp("data")
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for split, names in {"train": ("argparse", "typing", "ast"), "val": ("csv", "shlex")}.items():
+        with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
+            for name in names:
+                text = (library / f"{name}.py").read_text(encoding="utf-8")
+                for piece in cut_at_lines(text, 60):
+                    file.write(json.dumps({"text": piece}) + "\n")
+    return {
+        "model": {
+            "config": {
+                "n_layer": 3, "n_head": 2, "n_kv_head": 1, "d_model": 32, "vocab_size": 300,
+                "sequence_len": 32, "window_pattern": "L",
+                "value": {
+                    "source": "bank", "layers": "last_third", "coefficient": "learned",
+                    "add_context": False, "shared": False,
+                },
+            },
+            "optimizer": {"warmup_steps": 3, "weight_decay": 0.1},
+            "budget": {"steps": 8},
+        },
+        "batch": {"tokens": 256, "micro": 4},
+        "run": {"name": "tiny"},
+        "checkpoint": {"every_steps": 2, "keep_last": 100},
+        "validation": {"every_steps": 3, "tokens": 640},
+        "data": {
+            "class_path": "data_modules.PackedDataModule",
+            "init_args": {
+                "directory": str(folder / "packed"),
+                "source": {
+                    "class_path": "data_modules.TextFiles",
+                    "init_args": {
+                        "train": [str(folder / "train.jsonl")],
+                        "val": [str(folder / "val.jsonl")],
+                    },
+                },
+                "tokenizer": {"vocab_size": 300},
+            },
+        },
+        "trainer": {"accelerator": "cpu", "devices": 1},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    """An empty current directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def tiny_recipe(tiny_settings, workplace) -> Path:
+    """The tiny recipe as a file in the current directory."""
+    path = workplace / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_settings, sort_keys=False))
+    return path

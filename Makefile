@@ -1,0 +1,50 @@
+# Everything happens in .venv, which the first command makes.
+.DEFAULT_GOAL := help
+VENV := .venv
+BIN := $(VENV)/bin
+# Idle OpenMP threads that spin slow training down tenfold when anything else runs.
+export OMP_WAIT_POLICY ?= passive
+# A seed of Python's hashes or a user's site packages must not change what runs.
+export PYTHONNOUSERSITE := 1
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+
+.PHONY: help install quickstart test test-fast lint format
+
+help:
+	@echo "make quickstart   train, validate and sample a small model (about 5 minutes on 2 cores)"
+	@echo "make test         run every test that this machine can run"
+	@echo "make test-fast    run the tests that take under a minute"
+	@echo "make lint         check style; make format puts it right"
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or newer is missing: install it, or name it with PYTHON=..." >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "make: $(PYTHON) lacks venv or ensurepip: install them (on Debian and Ubuntu: apt-get install python3-venv)" >&2; exit 2; }
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+quickstart: install
+	$(BIN)/bov fit --config recipes/quickstart.yaml
+	@echo "--- a sample:"
+	$(BIN)/bov generate runs/quickstart --prompt "def read(self, path):" --max-new-tokens 80
+	@echo "--- the run lies in runs/quickstart"
+
+# Two processes with one thread each: the tests train tiny models.
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-fast: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not distributed and not slurm"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

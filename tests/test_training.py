@@ -1,0 +1,236 @@
+"""`bov fit` end to end on a tiny recipe: run directory, resume, kill, validate, generate."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import bov_lightning
+from bov_lightning.checkpoint import complete_checkpoints, read_training_state
+from bov_lightning.cli import main
+
+
+def fit(recipe: Path, *options: str) -> Path:
+    assert main(["fit", "--config", str(recipe), *options]) == 0
+    name = options[options.index("--run.name") + 1] if "--run.name" in options else "tiny"
+    return Path("runs") / name
+
+
+def final_state(run: Path) -> tuple[dict, dict]:
+    newest = complete_checkpoints(run)[-1]
+    return load_file(newest / "model.safetensors"), read_training_state(newest)
+
+
+def assert_same_end(first: Path, second: Path) -> None:
+    """Weights and optimizer state are equal bit for bit."""
+    (weights, state), (other_weights, other_state) = final_state(first), final_state(second)
+    assert weights.keys() == other_weights.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, other_weights[name]), name
+    optimizer, other = state["optimizer_states"][0], other_state["optimizer_states"][0]
+    assert optimizer["state"].keys() == other["state"].keys()
+    for key, values in optimizer["state"].items():
+        for name, tensor in values.items():
+            assert torch.equal(tensor, other["state"][key][name]), (key, name)
+    for group, other_group in zip(optimizer["param_groups"], other["param_groups"], strict=True):
+        assert group == other_group
+    assert state["global_step"] == other_state["global_step"]
+    assert state["lr_schedulers"] == other_state["lr_schedulers"]
+
+
+def metrics(run: Path) -> dict[int, dict[str, str]]:
+    with open(run / "metrics.csv", newline="") as file:
+        return {int(row["step"]): row for row in csv.DictReader(file)}
+
+
+def test_run_directory_tells_everything(tiny_recipe, capsys):
+    run = fit(tiny_recipe)
+    out = capsys.readouterr().out
+    assert "val_bpb " in out
+    assert str(run) in out
+    assert [path.name for path in complete_checkpoints(run)] == [
+        f"step-{step:08d}" for step in (2, 4, 6, 8)
+    ]
+    assert (run / "tokenizer" / "tokenizer.json").is_file()
+    assert list(run.glob("events.out.tfevents.*"))
+    recorded = json.loads((run / "run.json").read_text())
+    assert recorded["iterations"] == 8
+    assert recorded["data"]["source"]
+    assert recorded["versions"]["torch"] == torch.__version__
+    rows = metrics(run)
+    assert {step for step, row in rows.items() if row["val_bpb"]} == {3, 6, 8}
+    assert f"val_bpb {float(rows[8]['val_bpb']):.4f}" in out
+
+
+def test_resolved_recipe_trains_the_same_model_again(tiny_recipe):
+    run = fit(tiny_recipe)
+    again = fit(run / "config.yaml", "--run.name", "again")
+    assert_same_end(run, again)
+
+
+def test_two_resumes_equal_none(tiny_recipe):
+    whole = fit(tiny_recipe)
+    parts = Path("runs/parts")
+    for stop in (4, 6):
+        fit(tiny_recipe, "--run.name", "parts")
+        # As if the job had died just after the checkpoint at `stop`.
+        for path in complete_checkpoints(parts):
+            if int(path.name.removeprefix("step-")) > stop:
+                path.rename(path.with_name(f".{path.name}.partial"))
+    fit(tiny_recipe, "--run.name", "parts")
+    assert_same_end(whole, parts)
+    assert metrics(whole).keys() == metrics(parts).keys()
+    for step, row in metrics(whole).items():
+        for name in ("train_loss", "val_bpb"):
+            assert row[name] == metrics(parts)[step][name], (step, name)
+
+
+def test_accumulation_may_change_between_resumes(tiny_recipe):
+    """The global batches stay the same, so updates differ by the order of additions alone.
+
+    Small learning rates keep the rounding of Muon's bf16 iteration from growing.
+    """
+    slowly = ("--model.optimizer.matrix_lr", "1e-4", "--model.optimizer.embedding_lr", "1e-4")
+    whole = fit(tiny_recipe, *slowly)
+    parts = fit(tiny_recipe, "--run.name", "parts", "--batch.micro", "2", *slowly)
+    for path in complete_checkpoints(parts)[2:]:
+        path.rename(path.with_name(f".{path.name}.partial"))
+    fit(tiny_recipe, "--run.name", "parts", "--batch.micro", "8", *slowly)
+    model, _ = bov_lightning.load(whole)
+    start = bov_lightning.Transformer(model.config, seed=0).state_dict()
+    expected, found = final_state(whole)[0], final_state(parts)[0]
+    for name, tensor in expected.items():
+        update, error = tensor - start[name], found[name] - tensor
+        assert error.norm() < 0.05 * update.norm(), name
+
+
+def test_a_finished_run_is_not_trained_further(tiny_recipe, capsys):
+    run = fit(tiny_recipe)
+    before = final_state(run)[0]
+    capsys.readouterr()
+    fit(tiny_recipe)
+    captured = capsys.readouterr()
+    assert "resuming" in captured.err
+    assert "step 8" in captured.err
+    assert "val_bpb" in captured.out
+    for name, tensor in final_state(run)[0].items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_resume_never_moves_the_old_run_aside(tiny_recipe, capsys):
+    run = fit(tiny_recipe)
+    fit(tiny_recipe, "--resume", "never", "--seed", "1")
+    assert (Path("runs") / "tiny.old-1" / "config.yaml").is_file()
+    assert yaml.safe_load((run / "config.yaml").read_text())["seed"] == 1
+    assert "tiny.old-1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--model.config.d_model", "64"), ("--seed", "3"), ("--batch.tokens", "512")],
+)
+def test_another_recipe_does_not_resume_a_run(tiny_recipe, capsys, option, value):
+    fit(tiny_recipe)
+    capsys.readouterr()
+    assert main(["fit", "--config", str(tiny_recipe), option, value]) == 2
+    error = capsys.readouterr().err
+    assert option[2:] in error
+    assert "run.name" in error
+
+
+def test_keep_last_and_keep_every_prune_the_rest(tiny_recipe):
+    run = fit(tiny_recipe, "--checkpoint.keep_last", "1", "--checkpoint.keep_every", "4")
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [
+        "step-00000004",
+        "step-00000008",
+    ]
+
+
+def test_validate_repeats_the_run_and_every_path_means_the_newest_checkpoint(tiny_recipe, capsys):
+    run = fit(tiny_recipe)
+    expected = capsys.readouterr().out.split("\n")[0]
+    for path in (run, complete_checkpoints(run)[-1]):
+        assert main(["validate", str(path)]) == 0
+        assert capsys.readouterr().out.strip() == expected
+
+
+def test_a_checkpoint_can_be_copied_away(tiny_recipe, tmp_path):
+    run = fit(tiny_recipe)
+    checkpoint = complete_checkpoints(run)[-1]
+    elsewhere = tmp_path / "elsewhere"
+    checkpoint.rename(elsewhere)
+    model, tokenizer = bov_lightning.load(elsewhere)
+    ids = torch.tensor([tokenizer.encode("import json", add_special_tokens=False)])
+    logits = model(ids)
+    assert logits.shape == (1, ids.shape[1], 300)
+    assert logits.dtype == torch.float32
+    assert not model.training
+    assert tokenizer.decode(ids[0]) == "import json"
+
+
+def test_generate_repeats_itself_and_greedy_follows_the_likeliest(tiny_recipe, capsys):
+    run = fit(tiny_recipe)
+    capsys.readouterr()
+    command = ["generate", str(run), "--prompt", "def ", "--max-new-tokens", "6"]
+    texts = []
+    for options in ([], [], ["--temperature", "0"]):
+        assert main([*command, *options]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert all(text.startswith("def ") for text in texts)
+
+    model, tokenizer = bov_lightning.load(run)
+    ids = [tokenizer.bos_token_id, *tokenizer.encode("def ", add_special_tokens=False)]
+    for _ in range(6):
+        following = int(model(torch.tensor([ids]))[0, -1].argmax())
+        if following == tokenizer.bos_token_id:
+            break
+        ids.append(following)
+    assert texts[2].rstrip("\n") == tokenizer.decode(ids[1:]).rstrip("\n")
+
+
+def test_value_sources_of_every_kind_train(tiny_recipe):
+    for source in ("context", "first_layer", "initial_embedding"):
+        run = fit(tiny_recipe, "--model.config.value.source", source, "--run.name", source)
+        model, _ = bov_lightning.load(run)
+        assert model.config.value.source == source
+
+
+def test_recomputed_activations_change_nothing(tiny_recipe):
+    plain = fit(tiny_recipe)
+    recomputed = fit(
+        tiny_recipe, "--activation_checkpointing", "true", "--run.name", "recomputed"
+    )
+    assert_same_end(plain, recomputed)
+
+
+@pytest.mark.slow
+def test_killed_run_continues_from_its_checkpoint(tiny_recipe):
+    """kill -9 in the middle, then the same command."""
+    whole = fit(tiny_recipe, "--model.budget.steps", "400", "--run.name", "whole")
+    command = [
+        sys.executable, "-m", "bov_lightning.cli", "fit", "--config", str(tiny_recipe),
+        "--model.budget.steps", "400", "--run.name", "killed",
+    ]  # fmt: skip
+    killed = Path("runs/killed")
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        while not complete_checkpoints(killed) and process.poll() is None:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+    finally:
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert 0 < int(complete_checkpoints(killed)[-1].name.removeprefix("step-")) < 400
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "resuming runs/killed from step" in again.stderr
+    assert_same_end(whole, killed)
