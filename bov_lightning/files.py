@@ -8,6 +8,10 @@ from pathlib import Path
 from bov_lightning.errors import UserError
 
 
+FULL = 2**20
+"""A file system with fewer free bytes than this counts as full."""
+
+
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -30,11 +34,11 @@ def write_directory(target: Path, write: Callable[[Path], None]) -> None:
             _fsync(path)
         _fsync(aside)
     except BaseException as error:
+        # Libraries report a full disk as errors of their own kinds.
+        full = isinstance(error, Exception) and shutil.disk_usage(target.parent).free < FULL
         shutil.rmtree(aside, ignore_errors=True)
-        # safetensors and torch.save report a full disk as errors of their own kinds.
-        full = isinstance(error, OSError) or "No space left" in str(error)
-        if isinstance(error, Exception) and (full or "failed writing" in str(error)):
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        if isinstance(error, OSError) or full:
+            reason = getattr(error, "strerror", None) or "No space left on device"
             raise UserError(f"{target} cannot be written: {reason}") from error
         raise
     if target.exists():

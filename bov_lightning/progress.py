@@ -66,6 +66,47 @@ class MetricsCSV(Logger):
         self._written = columns
 
 
+class TensorBoardEvents(Logger):
+    """TensorBoard events in the run directory, which appear with the first metric."""
+
+    def __init__(self, directory: Path):
+        super().__init__()
+        self.directory = directory
+        self.purge_step: int | None = None
+        self._writer = None
+
+    @property
+    def name(self) -> str:
+        """No name of its own."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """No version."""
+        return ""
+
+    def log_hyperparams(self, *args, **kwargs) -> None:
+        """config.yaml holds them."""
+
+    def resume_at(self, step: int) -> None:
+        """Hides what an earlier part of the run wrote after ``step``."""
+        self.purge_step = step + 1
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Writes one scalar per metric."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(self.directory, purge_step=self.purge_step)
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def save(self) -> None:
+        """Writes what is buffered."""
+        if self._writer is not None:
+            self._writer.flush()
+
+
 class _Numbers(ProgressColumn):
     """The latest numbers of the run."""
 

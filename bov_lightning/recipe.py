@@ -181,8 +181,9 @@ def merge(base: dict, overlay: dict, path: str = "") -> dict:
             isinstance(old, dict) and isinstance(value, dict)
             and "class_path" in value and value["class_path"] != old.get("class_path")
         )  # fmt: skip
-        if isinstance(old, dict) and isinstance(value, dict) and not other_class:
-            merged[key] = value if here in REPLACED_WHOLE else merge(old, value, here)
+        if isinstance(value, dict):
+            kept = isinstance(old, dict) and not other_class and here not in REPLACED_WHOLE
+            merged[key] = merge(old if kept else {}, value, here)
         else:
             merged[key] = value
     return merged
@@ -233,14 +234,11 @@ def nearest(key: str, known: list[str]) -> str | None:
     """The known dotted key that was probably meant."""
     section, _, name = key.rpartition(".")
     same_section = [k for k in known if k.rpartition(".")[0] == section]
-    if (close := difflib.get_close_matches(key, same_section, n=1)) :
-        return close[0]
-    by_name = {k.rpartition(".")[2]: k for k in reversed(known)}
-    for candidates in ([name], difflib.get_close_matches(name, by_name, n=1)):
-        if candidates and candidates[0] in by_name:
-            return by_name[candidates[0]]
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-    return close[0] if close else None
+    same_name = [k for k in known if k.rpartition(".")[2] == name]
+    for candidates, cutoff in ((same_section, 0.7), (same_name, 0.0), (known, 0.5)):
+        if close := difflib.get_close_matches(key, candidates, n=1, cutoff=cutoff):
+            return close[0]
+    return None
 
 
 def unknown_key(key: str, known: list[str], origin: str) -> UserError:

@@ -11,14 +11,13 @@ from typing import Any
 import yaml
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from bov_lightning.budget import accumulation, make_plan
 from bov_lightning.checkpoint import complete_checkpoints, read_marker, read_weights
 from bov_lightning.errors import UserError
 from bov_lightning.module import BoVModule
-from bov_lightning.progress import MetricsCSV, Reporter
+from bov_lightning.progress import MetricsCSV, Reporter, TensorBoardEvents
 from bov_lightning.recipe import (
     BatchConfig,
     CheckpointConfig,
@@ -240,15 +239,14 @@ def fit(recipe: Recipe, settings: dict, origin: str) -> None:
     accumulation(batch.tokens, batch.micro, config.sequence_len, 1)
 
     resolved = {name: _plain(value) for name, value in vars(recipe).items() if name != "resume"}
-    csv_logger, reporter = MetricsCSV(run), Reporter()
-    tensorboard = TensorBoardLogger(recipe.run.root, name=recipe.run.name, version="")
+    loggers, reporter = [MetricsCSV(run), TensorBoardEvents(run)], Reporter()
     checkpoint_io = DirectoryCheckpointIO(run, "")
     run_files = RunFiles(run, "", {})
     cli = build_cli(
         settings,
         _trainer_arguments(
             recipe,
-            [csv_logger, tensorboard],
+            loggers,
             [checkpoint_io],
             [run_files, reporter, Checkpointer(run, recipe.checkpoint)],
         ),
@@ -272,7 +270,8 @@ def fit(recipe: Recipe, settings: dict, origin: str) -> None:
         _check_same_run(run, resolved)
         resume_from = found[-1]
         step = read_marker(resume_from)["step"]
-        csv_logger.resume_at(step)
+        for logger in loggers:
+            logger.resume_at(step)
         console.print(f"resuming {run} from step {step} ({resume_from})", highlight=False)
     seed_everything(recipe.seed, workers=True, verbose=False)
     try:
@@ -283,9 +282,9 @@ def fit(recipe: Recipe, settings: dict, origin: str) -> None:
         raise SystemExit(130)
     if reporter.validated_step != trainer.global_step:
         trainer.validate(module, datamodule=cli.datamodule, verbose=False)
-        csv_logger.log_metrics({"val_bpb": reporter.latest["val_bpb"]}, trainer.global_step)
-        tensorboard.log_metrics({"val_bpb": reporter.latest["val_bpb"]}, trainer.global_step)
-        tensorboard.save()
+        for logger in loggers:
+            logger.log_metrics({"val_bpb": reporter.latest["val_bpb"]}, trainer.global_step)
+            logger.save()
     if trainer.is_global_zero:
         minutes = (time.monotonic() - started) / 60
         print(f"val_bpb {reporter.latest['val_bpb']:.4f}")

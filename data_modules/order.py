@@ -20,9 +20,9 @@ def permuted(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     A Feistel network over the smallest even number of bits that holds n; results outside of
     range(n) are permuted again until they are inside.
     """
-    half = max(1, -(-max(1, (n - 1).bit_length()) // 2))
+    half = max(1, -(-(n - 1).bit_length() // 2))
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
-    start = np.array([(seed * 2654435761 + epoch) % 2**64], dtype=np.uint64)
+    start = np.array([(int(seed) * 2654435761 + int(epoch)) % 2**64], dtype=np.uint64)
     keys = [int(_mix(start, 0x9E3779B97F4A7C15 * (i + 1) % 2**64)[0]) for i in range(_ROUNDS)]
 
     def network(x: np.ndarray) -> np.ndarray:

@@ -220,6 +220,13 @@ class PackedDataModule(pl.LightningDataModule):
         self.manifest = self._read_manifest()
         self.rows = {split: self._open(split) for split in SPLITS}
         self.token_bytes = torch.from_numpy(token_bytes(read_tokenizer(self.tokenizer_directory)))
+        if stage == "fit":
+            needed = self.micro * self.trainer.world_size * self.trainer.accumulate_grad_batches
+            if len(self.rows["train"]) < needed:
+                raise UserError(
+                    f"{self.directory} holds {len(self.rows['train'])} training rows, fewer than "
+                    f"the {needed} of one global batch: give more text or a smaller batch.tokens"
+                )
 
     def _open(self, split: str) -> np.ndarray:
         path, n_row = self.directory / f"{split}.bin", self.manifest["splits"][split]["rows"]
@@ -245,17 +252,11 @@ class PackedDataModule(pl.LightningDataModule):
         }
 
     def train_dataloader(self) -> TrainingRows:
-        """The rest of the run, as one epoch."""
-        trainer, rows = self.trainer, self.rows["train"]
+        """The whole run, as one epoch."""
+        trainer = self.trainer
         n_batch = trainer.max_steps * trainer.accumulate_grad_batches
-        batch = self.micro * trainer.world_size * trainer.accumulate_grad_batches
-        if len(rows) < batch:
-            raise UserError(
-                f"{self.directory} holds {len(rows)} training rows, fewer than the {batch} of one "
-                "global batch: give more text or a smaller batch.tokens"
-            )
         rank, world = trainer.global_rank, trainer.world_size
-        return TrainingRows(rows, self.micro, n_batch, self.seed, rank, world)
+        return TrainingRows(self.rows["train"], self.micro, n_batch, self.seed, rank, world)
 
     def val_dataloader(self) -> ValidationRows:
         """The held-out rows, or the first of them that hold validation_tokens."""

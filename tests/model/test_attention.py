@@ -1,0 +1,61 @@
+"""Attention against a loop-free definition written out in full."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bov_lightning.model.attention import _block_mask, attend, rotary_angles, rotate
+
+
+def naive(q, k, v, window):
+    """softmax(1.44 q.k / sqrt(D)) v over the visible keys, heads repeated by hand."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    score = 1.44 * q @ k.mT / q.shape[-1] ** 0.5
+    i = torch.arange(q.shape[2])
+    hidden = (i[:, None] < i) | (i[:, None] - i > (q.shape[2] if window is None else window))
+    return score.masked_fill(hidden, -torch.inf).softmax(-1) @ v
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n_token=st.integers(1, 70),
+    window=st.one_of(st.none(), st.integers(0, 80)),
+    n_kv_head=st.sampled_from([1, 2, 4]),
+)
+def test_attend_equals_its_definition(n_token, window, n_kv_head):
+    generator = torch.Generator().manual_seed(n_token)
+    q = torch.randn(2, 4, n_token, 8, generator=generator)
+    k, v = torch.randn(2, 2, n_kv_head, n_token, 8, generator=generator).unbind()
+    assert torch.allclose(attend(q, k, v, window), naive(q, k, v, window), atol=1e-5)
+
+
+@pytest.mark.parametrize(("n_token", "window"), [(64, 10), (300, 128), (256, 255)])
+def test_flex_attention_hides_what_the_mask_hides(n_token, window):
+    """The CUDA path's mask, run by FlexAttention's eager CPU forward."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 4, n_token, 16, generator=generator)
+    k, v = torch.randn(2, 1, 2, n_token, 16, generator=generator).unbind()
+    mask = _block_mask(n_token, window, torch.device("cpu"))
+    flex = flex_attention(q, k, v, block_mask=mask, enable_gqa=True, scale=1.44 / 4)
+    assert torch.allclose(flex, attend(q, k, v, window), atol=1e-5)
+
+
+def test_masks_made_while_validating_serve_training():
+    q = torch.randn(1, 1, 37, 8, requires_grad=True)
+    with torch.inference_mode():
+        attend(torch.randn(1, 1, 37, 8), q.detach(), q.detach(), 5)
+    attend(q, q, q, 5).sum().backward()
+    assert q.grad is not None
+
+
+def test_rotation_depends_on_distance_alone():
+    cos, sin = rotary_angles(50, 16, torch.device("cpu"))
+    q, k = torch.randn(2, 1, 1, 1, 16).expand(2, 1, 50, 1, 16).unbind()
+    score = rotate(q, cos, sin)[0, :, 0] @ rotate(k, cos, sin)[0, :, 0].T
+    for distance in (0, 7):
+        diagonal = score.diagonal(-distance)
+        assert torch.allclose(diagonal, diagonal[0].expand_as(diagonal), atol=1e-4)

@@ -1,0 +1,231 @@
+"""Value sources: what they equal, what they never see, what they store, what they refuse."""
+
+import dataclasses
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY
+
+from bov_lightning.budget import meta_model
+from bov_lightning.errors import UserError
+from bov_lightning.model.config import TransformerConfig, ValueConfig
+from bov_lightning.model.transformer import Transformer
+from bov_lightning.model.values import ValueInputs
+
+OVERLAYS = {
+    path.stem: yaml.safe_load(path.read_text())["model"]["config"]["value"]
+    for path in sorted((REPOSITORY / "recipes" / "values").glob("*.yaml"))
+}
+SMALL = {"n_layer": 6, "n_head": 4, "n_kv_head": 2, "d_model": 48, "vocab_size": 70}
+
+
+def make_model(value: dict | ValueConfig, seed: int = 0, **shape) -> Transformer:
+    value = ValueConfig(**value) if isinstance(value, dict) else value
+    shape = {"sequence_len": 512, "window_pattern": "SSSL"} | SMALL | shape
+    return Transformer(TransformerConfig(**shape, value=value), seed).eval()
+
+
+@torch.no_grad()
+def perturb(model: Transformer, smear: float) -> Transformer:
+    """Zero-initialised output projections would hide almost any mistake."""
+    generator = torch.Generator().manual_seed(7)
+    for name, p in model.named_parameters():
+        if name.endswith("output.weight"):
+            p.normal_(0, 0.1, generator=generator)
+        elif name == "head.weight":
+            p.normal_(0, 0.3, generator=generator)
+        elif name.endswith("coefficient"):
+            p.add_(torch.empty_like(p).uniform_(-0.2, 0.2, generator=generator))
+    model.smear.strength.fill_(smear)
+    return model
+
+
+def token_ids(n_token: int, n_row: int = 2, vocab_size: int = 70) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(0, vocab_size, (n_row, n_token), generator=generator)
+
+
+@pytest.mark.parametrize("layers", ["last_third", "every", [1, 4]])
+@torch.no_grad()
+def test_fresh_bank_equals_initial_embedding(layers):
+    """The smear mixes the previous token into x0, but not into the table: it is off here."""
+    ids = token_ids(300)
+    logits = []
+    for source in ("bank", "initial_embedding"):
+        model = make_model(ValueConfig(source=source, layers=layers, coefficient="learned"))
+        logits.append(perturb(model, smear=0.0)(ids))
+    assert (logits[0] - logits[1]).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_fresh_bank_equals_initial_embedding_before_the_smear():
+    """With the smear on, the table still holds W_V of the token's own embedding."""
+    values = []
+    for source in ("bank", "initial_embedding"):
+        model = perturb(make_model(ValueConfig(source=source, coefficient="learned")), smear=0.7)
+        model.blocks[5].attention.value.coefficient.fill_(1.3)
+        ids = token_ids(20)
+        unsmeared = torch.nn.functional.rms_norm(model.embedding(ids), (48,))
+        inputs = ValueInputs(torch.randn(2, 20, 48), unsmeared, ids, None)
+        values.append(model.blocks[5].attention.value(inputs))
+    assert values[0].norm() > 1
+    assert (values[0] - values[1]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+@torch.no_grad()
+def test_a_later_token_never_changes_an_earlier_logit(name):
+    for pattern in ("L", "S", "SSSL", "SL"):
+        model = perturb(make_model(OVERLAYS[name], window_pattern=pattern), smear=0.9)
+        ids = token_ids(200)
+        before = model(ids)
+        for position in (1, 140, 199):
+            changed = ids.clone()
+            changed[:, position] = (changed[:, position] + 1) % 70
+            after = model(changed)
+            assert torch.equal(before[:, :position], after[:, :position])
+            assert not torch.equal(before[:, position:], after[:, position:])
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_nothing_unused_is_stored(name):
+    """Every parameter receives a gradient: there is no W_V that nothing reads."""
+    model = perturb(make_model(OVERLAYS[name]), smear=0.5)
+    ids = token_ids(65)
+    model(ids[:, :-1], ids[:, 1:]).backward()
+    for parameter_name, p in model.named_parameters():
+        assert p.grad is not None, parameter_name
+        assert p.grad.abs().max() > 0, parameter_name
+
+
+def test_shared_table_is_stored_and_trained_once():
+    model = make_model(OVERLAYS["bov_shared_table"])
+    tables = [name for name in model.state_dict() if name.endswith("table")]
+    assert tables == ["blocks.4.attention.value.source.table"]
+    assert len(model.grouped_parameters()["table"]) == 1
+    ids = token_ids(30)
+    before = perturb(model, 0.0)(ids)
+    with torch.no_grad():
+        model.blocks[4].attention.value.source.table.mul_(2)
+    both = model(ids)
+    with torch.no_grad():
+        model.blocks[5].attention.value.coefficient.div_(2)
+    assert not torch.equal(before, both)
+    assert not torch.equal(both, model(ids))
+
+
+def test_models_of_one_seed_share_the_weights_that_both_have():
+    standard, bank = make_model(OVERLAYS["standard"], 5), make_model(OVERLAYS["bov"], 5)
+    own = standard.state_dict()
+    common = [name for name in bank.state_dict() if name in own]
+    assert len(common) > 30
+    for name in common:
+        assert torch.equal(own[name], bank.state_dict()[name]), name
+    other = make_model(OVERLAYS["standard"], 6).state_dict()
+    assert not torch.equal(own["embedding.weight"], other["embedding.weight"])
+
+
+def theory(name: str, d_model: int) -> float:
+    """The standard deviation that the paper's initialisation gives."""
+    if name == "embedding.weight":
+        return 0.8
+    if name == "head.weight":
+        return 0.001
+    if name.endswith(("output.weight", "smear.strength", "coefficient")):
+        return 0.0
+    if name == "smear.gate":
+        return (1 / 24 / 3) ** 0.5
+    if name.endswith("value.gate.weight"):
+        return 0.02 / 12**0.5
+    bound = (3 / d_model) ** 0.5
+    return (0.4 if name.endswith("mlp.input.weight") else 1) * bound / 3**0.5
+
+
+@pytest.mark.parametrize("name", ["standard", "bov", "value_embedding_gated"])
+def test_initialisation_has_the_statistics_of_the_reference(name, shared):
+    """Against the reference where it has enough elements to tell, else against theory."""
+    from parity import ParityRow
+
+    from bov_lightning.nanochat import convert_config, convert_name
+
+    numbers = ParityRow(shared, name).numbers
+    config = convert_config(numbers["meta"]["model_config"])
+    models = [Transformer(config, seed) for seed in range(8)]
+    expected = {convert_name(theirs): stats for theirs, stats in numbers["init"].items()}
+    for parameter, p in models[0].named_parameters():
+        pooled = torch.stack([dict(m.named_parameters())[parameter] for m in models])
+        found = pooled.std(unbiased=False).item()
+        if p.numel() >= 1000:
+            assert found == pytest.approx(expected[parameter]["std"], rel=0.05, abs=1e-9), parameter
+        else:
+            assert found == pytest.approx(theory(parameter, 48), rel=0.1, abs=1e-9), parameter
+        if p.numel() == 1:
+            assert p.item() == expected[parameter]["mean"], parameter
+
+
+@pytest.mark.parametrize(
+    ("value", "word"),
+    [
+        ({"source": "tabel"}, "bank"),
+        ({"source": "context", "shared": True}, "shared"),
+        ({"source": "first_layer", "shared": True}, "shared"),
+        ({"source": "context", "add_context": True}, "add_context"),
+        ({"source": "context", "coefficient": "gate"}, "gate"),
+        ({"source": "bank", "coefficient": "gate"}, "add_context"),
+        ({"source": "first_layer", "layers": [0, 3]}, "layer 0"),
+        ({"source": "bank", "layers": []}, "empty"),
+        ({"source": "bank", "layers": [2, 2]}, "twice"),
+    ],
+)
+def test_impossible_values_are_refused(value, word):
+    with pytest.raises(UserError, match=word):
+        ValueConfig(**value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "word"),
+    [
+        ({"value": ValueConfig("bank", [6])}, "layers 0 to 5"),
+        ({"value": ValueConfig("bank", [-1])}, "layers 0 to 5"),
+        ({"d_model": 50}, "n_head"),
+        ({"n_kv_head": 3}, "n_kv_head"),
+        ({"window_pattern": "SXL"}, "window_pattern"),
+        ({"d_model": 16}, "smear"),
+        ({"n_layer": 0}, "n_layer"),
+        ({"n_layer": 1, "value": ValueConfig("first_layer", "every")}, "selects no layer"),
+        ({"d_model": 36, "n_head": 4}, "even"),
+    ],
+)
+def test_impossible_shapes_are_refused(shape, word):
+    with pytest.raises(UserError, match=word):
+        TransformerConfig(**(SMALL | shape))
+
+
+def test_named_layer_sets():
+    def layers(n_layer, name, source="bank"):
+        config = TransformerConfig(n_layer=n_layer, vocab_size=64, value=ValueConfig(source, name))
+        return config.target_layers
+
+    assert layers(12, "last_third") == [8, 9, 10, 11]
+    assert layers(12, "second_half") == [6, 7, 8, 9, 10, 11]
+    assert layers(12, "last_two_thirds") == list(range(4, 12))
+    assert layers(5, "every_second") == [0, 2, 4]
+    assert layers(3, "every", "first_layer") == [1, 2]
+    assert layers(12, [11, 3]) == [3, 11]
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_overlays_are_the_rows_of_the_paper(name, shared):
+    from parity import NAMES, read_rows
+
+    assert set(OVERLAYS) == set(NAMES)
+    assert set(OVERLAYS[name]) == {field.name for field in dataclasses.fields(ValueConfig)}
+    value = dataclasses.asdict(ValueConfig(**OVERLAYS[name]))
+    assert value == read_rows(shared)["rows"][name]["value"]
+
+
+def test_meta_model_has_the_parameters_of_the_real_one():
+    model = make_model(OVERLAYS["bov"])
+    shapes = {name: p.shape for name, p in meta_model(model.config).named_parameters()}
+    assert shapes == {name: p.shape for name, p in model.named_parameters()}

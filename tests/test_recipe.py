@@ -1,0 +1,146 @@
+"""Recipes: how files merge, which keys exist, what every recipe builds."""
+
+import pytest
+import yaml
+from conftest import REPOSITORY
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bov_lightning.budget import make_plan, meta_model
+from bov_lightning.cli import _read_recipe, main
+from bov_lightning.errors import UserError
+from bov_lightning.recipe import Recipe, check_keys, known_keys, merge, nearest, parse_options
+
+RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
+OVERLAYS = sorted((REPOSITORY / "recipes").glob("values/*.yaml"))
+
+plain_data = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+    lambda inner: st.dictionaries(st.sampled_from("abcd"), inner, max_size=4)
+    | st.lists(inner, max_size=3),
+    max_leaves=10,
+)
+mappings = st.dictionaries(st.sampled_from("abcd"), plain_data, max_size=4)
+
+
+@given(mappings, mappings, mappings)
+def test_merging_is_associative_and_the_last_word_wins(a, b, c):
+    assert merge(merge(a, b), c) == merge(a, merge(b, c)) or _mixes_kinds(a, b, c)
+    assert merge(a, a) == a
+    assert merge(a, {}) == a == merge({}, a)
+
+
+def _mixes_kinds(*data) -> bool:
+    """Whether a key is a mapping in one and something else in another: then order decides."""
+    kinds = {}
+
+    def visit(value, path):
+        kinds.setdefault(path, set()).add(isinstance(value, dict))
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                visit(inner, (*path, key))
+
+    for value in data:
+        visit(value, ())
+    return any(len(found) > 1 for found in kinds.values())
+
+
+def test_a_budget_replaces_the_whole_budget():
+    base = {"model": {"budget": {"flops": 1e9}, "config": {"n_layer": 3}}}
+    merged = merge(base, {"model": {"budget": {"steps": 5}}})
+    assert merged == {"model": {"budget": {"steps": 5}, "config": {"n_layer": 3}}}
+
+
+def test_another_class_takes_no_arguments_over():
+    base = {"data": {"class_path": "A", "init_args": {"x": 1, "y": 2}}}
+    assert merge(base, {"data": {"class_path": "B", "init_args": {"x": 3}}}) == {
+        "data": {"class_path": "B", "init_args": {"x": 3}}
+    }
+    assert merge(base, {"data": {"init_args": {"x": 3}}}) == {
+        "data": {"class_path": "A", "init_args": {"x": 3, "y": 2}}
+    }
+
+
+def test_plus_extends_a_list():
+    base = {"trainer": {"callbacks": [1]}}
+    assert merge(base, {"trainer": {"callbacks+": [2]}}) == {"trainer": {"callbacks": [1, 2]}}
+    assert merge(base, {"trainer": {"callbacks": [2]}}) == {"trainer": {"callbacks": [2]}}
+    assert merge({}, {"trainer": {"callbacks+": [2]}})["trainer"]["callbacks"] == [2]
+
+
+def test_options_are_an_overlay():
+    options = ["--model.config.value.layers", "[1, 2]", "--seed=3", "--run.name", "x y"]
+    assert parse_options(options) == {
+        "model": {"config": {"value": {"layers": [1, 2]}}}, "seed": 3, "run": {"name": "x y"},
+    }  # fmt: skip
+    for wrong in (["seed"], ["--seed"]):
+        with pytest.raises(UserError):
+            parse_options(wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("model.config.n_layers", "model.config.n_layer"),
+        ("model.n_layer", "model.config.n_layer"),
+        ("model.config.value.sorce", "model.config.value.source"),
+        ("modle", "model"),
+        ("model.optimizer.matrix_rl", "model.optimizer.matrix_lr"),
+        ("batch_tokens", "batch.tokens"),
+        ("checkpoint.every_step", "checkpoint.every_steps"),
+    ],
+)
+def test_unknown_keys_name_the_nearest(wrong, meant):
+    assert nearest(wrong, known_keys(Recipe)) == meant
+    value = 1
+    for part in reversed(wrong.split(".")):
+        value = {part: value}
+    with pytest.raises(UserError, match=f"x.yaml: unknown key .*did you mean {meant}"):
+        check_keys(value, "x.yaml")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("overlay", [None, *OVERLAYS], ids=lambda path: path and path.stem)
+def test_every_recipe_builds_with_every_overlay(path, overlay):
+    recipe, settings, _ = _read_recipe([str(p) for p in (path, overlay) if p], [])
+    assert recipe.run.name == (f"{path.stem}-{overlay.stem}" if overlay else path.stem)
+    plan = make_plan(recipe.model.config, recipe.model.budget, recipe.batch.tokens)
+    assert plan["params"]["live"] == sum(
+        p.numel() for p in meta_model(recipe.model.config).parameters()
+    )
+    if overlay:
+        value = yaml.safe_load(overlay.read_text())["model"]["config"]["value"]
+        assert settings["model"]["config"]["value"] == value
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_whole_in_one_file(path):
+    """Every field of every section is there, and every line that sets something has its reason."""
+    data = yaml.safe_load(path.read_text())
+    for key in known_keys(Recipe):
+        value = data
+        for part in key.split("."):
+            if key.startswith(("model.budget.", "resume")) or not isinstance(value, dict):
+                break
+            assert part in value, f"{path.name} lacks {key}"
+            value = value[part]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shrunken_copy_of_every_recipe_trains_two_steps(path, tiny_settings, workplace):
+    """The recipe itself, but for the sizes and the data."""
+    small = {
+        "model": {
+            "config": {"n_layer": 3, "n_head": 2, "n_kv_head": 2, "d_model": 32,
+                       "vocab_size": 300, "sequence_len": 32},
+            "budget": {"steps": 2},
+        },
+        "batch": {"tokens": 256, "micro": 4},
+        "compile": False,
+        "data": tiny_settings["data"],
+        "trainer": {"accelerator": "cpu"},
+    }  # fmt: skip
+    (workplace / "small.yaml").write_text(yaml.safe_dump(small))
+    assert main(["fit", "--config", str(path), "--config", "small.yaml"]) == 0
+    assert (workplace / "runs" / f"{path.stem}-small" / "checkpoints" / "step-00000002").is_dir()
