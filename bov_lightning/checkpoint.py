@@ -1,11 +1,11 @@
 """Checkpoint directories: written whole or not at all, read without running anybody's code.
 
-    checkpoints/step-00000100/
-        config.yaml          the resolved recipe (an import's: the model section alone)
-        tokenizer/           a transformers tokenizer, where there is one
-        model.safetensors    the weights
-        training.pt          optimizer, schedule, loops, data position (absent in an import)
-        checkpoint.json      step and version; written last, so its presence means complete
+checkpoints/step-00000100/
+    config.yaml          the resolved recipe (an import's: the model section alone)
+    tokenizer/           a transformers tokenizer, where there is one
+    model.safetensors    the weights
+    training.pt          optimizer, schedule, loops, data position (absent in an import)
+    checkpoint.json      step and version; written last, so its presence means complete
 """
 
 import json
@@ -118,7 +118,9 @@ def load_weights(model: "Transformer", weights: dict[str, "torch.Tensor"], origi
     for name in sorted(set(own) | set(weights)):
         if name not in weights or name not in own:
             where = "missing from" if name in own else "unknown to the configuration, but in"
-            raise UserError(f"{origin} is of another architecture: {name} is {where} the checkpoint")
+            raise UserError(
+                f"{origin} is of another architecture: {name} is {where} the checkpoint"
+            )
         if own[name].shape != weights[name].shape:
             raise UserError(
                 f"{origin} is of another architecture: {name} is {tuple(weights[name].shape)} "
@@ -152,7 +154,9 @@ def write_checkpoint(
         (aside / CONFIG).write_text(config_yaml, encoding="utf-8")
         if tokenizer is not None:
             shutil.copytree(tokenizer, aside / TOKENIZER)
-        save_file({name: t.detach().cpu().contiguous() for name, t in weights.items()}, aside / WEIGHTS)
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in weights.items()}, aside / WEIGHTS
+        )
         if training_state is not None:
             torch.save(training_state, aside / TRAINING)
         marker = {"step": step, "bov_lightning": __version__}

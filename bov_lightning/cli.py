@@ -69,7 +69,8 @@ def _fit(arguments: list[str]) -> None:
     parser.add_argument("--keys", action="store_true", help="list all keys of a recipe and exit")
     known, options = parser.parse_known_args(arguments)
     if known.keys:
-        return _print_keys()
+        _print_keys()
+        return
     recipe, settings, origin = _read_recipe(known.config, options)
     from bov_lightning.training import fit
 
@@ -89,7 +90,9 @@ def _print_keys() -> None:
 
 def _validate(arguments: list[str]) -> None:
     parser = _recipe_parser("validate", "Prints val_bpb on the held-out text of the run's data.")
-    parser.add_argument("checkpoint", help="a run directory (its newest checkpoint) or a checkpoint")
+    parser.add_argument(
+        "checkpoint", help="a run directory (its newest checkpoint) or a checkpoint"
+    )
     known, options = parser.parse_known_args(arguments)
     from bov_lightning.checkpoint import CONFIG, find_checkpoint
     from bov_lightning.recipe import check_keys, read_yaml
@@ -140,7 +143,9 @@ def _plan(arguments: list[str]) -> None:
 
 def _generate(arguments: list[str]) -> None:
     parser = _Parser(prog="bov generate", description="Samples text from a checkpoint.")
-    parser.add_argument("checkpoint", help="a run directory (its newest checkpoint) or a checkpoint")
+    parser.add_argument(
+        "checkpoint", help="a run directory (its newest checkpoint) or a checkpoint"
+    )
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=100, help="tokens to sample")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest")
@@ -166,7 +171,9 @@ def _import(arguments: list[str]) -> None:
 
 
 def _recipes(arguments: list[str]) -> None:
-    _Parser(prog="bov recipes", description="Lists the recipes of the package.").parse_args(arguments)
+    _Parser(prog="bov recipes", description="Lists the recipes of the package.").parse_args(
+        arguments
+    )
     from bov_lightning.recipe import packaged_recipes
 
     folder = packaged_recipes()

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from bov_lightning.errors import UserError
 
-
 FULL = 2**20
 """A file system with fewer free bytes than this counts as full."""
 

@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -58,7 +57,9 @@ class BoVModule(pl.LightningModule):
     def n_step(self) -> int:
         """Optimizer steps of the whole run."""
         if self.budget is None:
-            raise UserError("model.budget is not set: give flops, tokens, tokens_per_param or steps")
+            raise UserError(
+                "model.budget is not set: give flops, tokens, tokens_per_param or steps"
+            )
         return horizon(self.budget, self.config, self.batch_tokens)
 
     def setup(self, stage: str) -> None:
@@ -66,8 +67,8 @@ class BoVModule(pl.LightningModule):
         data = self.trainer.datamodule
         if data.vocab_size != self.config.vocab_size:
             raise UserError(
-                f"model.config.vocab_size is {self.config.vocab_size}, but the data's tokenizer has "
-                f"{data.vocab_size} token ids: set one of them to the other"
+                f"model.config.vocab_size is {self.config.vocab_size}, but the data's tokenizer "
+                f"has {data.vocab_size} token ids: set one of them to the other"
             )
         self.token_bytes = data.token_bytes
 

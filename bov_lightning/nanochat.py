@@ -1,7 +1,7 @@
 """Import of checkpoints that the paper's authors' code wrote (a fork of nanochat).
 
-A directory holds ``model_NNNNNN.pt``, a state dict, and ``meta_NNNNNN.json``, whose ``model_config``
-names the variant by boolean flags.
+A directory holds ``model_NNNNNN.pt``, a state dict, and ``meta_NNNNNN.json``, whose
+``model_config`` names the variant by boolean flags.
 """
 
 import json
@@ -81,7 +81,9 @@ def convert_config(model_config: dict) -> TransformerConfig:
             raise UserError(f"model_config sets both {chosen[0]} and {chosen[1]}")
     if not sources:
         if flags:
-            raise UserError(f"model_config sets {flags[0]}, but no flag that chooses a value source")
+            raise UserError(
+                f"model_config sets {flags[0]}, but no flag that chooses a value source"
+            )
         return TransformerConfig(**sizes)
     value = dict(SOURCE_FLAGS[sources[0]])
     fixed = 0.5 if value.get("add_context") else 1.0
@@ -122,7 +124,7 @@ def _meta_model(config: TransformerConfig) -> Transformer:
 
 
 def import_nanochat(directory: Path, output: Path) -> TransformerConfig:
-    """Writes the newest checkpoint in ``directory`` as one of ours and returns its configuration."""
+    """Writes the newest checkpoint in ``directory`` as one of ours; returns its configuration."""
     found = sorted(directory.glob("model_*.pt"))
     if not found:
         raise UserError(f"{directory} holds no model_NNNNNN.pt")

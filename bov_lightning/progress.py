@@ -1,4 +1,4 @@
-"""What a run says about itself while it trains: metrics.csv, TensorBoard, and one line on screen."""
+"""What a run says about itself while it trains: metrics.csv, TensorBoard, one line on screen."""
 
 import csv
 import math
@@ -16,7 +16,7 @@ from bov_lightning.budget import flops_per_token, peak_flops
 
 
 class MetricsCSV(Logger):
-    """Appends metrics to metrics.csv, one row per step; a resumed run overwrites what it repeats."""
+    """Appends metrics to metrics.csv, one row per step; a resumed run replaces what it repeats."""
 
     def __init__(self, directory: Path):
         super().__init__()

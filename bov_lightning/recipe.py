@@ -67,7 +67,9 @@ class RunConfig:
 
     def __post_init__(self):
         if self.name is not None and (not self.name or Path(self.name).name != self.name):
-            raise UserError(f"run.name {self.name!r} must be one folder name: use run.root for paths")
+            raise UserError(
+                f"run.name {self.name!r} must be one folder name: use run.root for paths"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """Run directories: what a run leaves behind, and how it is found again.
 
-    runs/NAME/
-        config.yaml     the resolved recipe
-        run.json        versions, git commit, data fingerprint, parameter and FLOP figures
-        tokenizer/
-        checkpoints/    see bov_lightning.checkpoint
-        metrics.csv
-        events.out.*    TensorBoard
+runs/NAME/
+    config.yaml     the resolved recipe
+    run.json        versions, git commit, data fingerprint, parameter and FLOP figures
+    tokenizer/
+    checkpoints/    see bov_lightning.checkpoint
+    metrics.csv
+    events.out.*    TensorBoard
 """
 
 import json
@@ -142,5 +142,3 @@ class Checkpointer(Callback):
                 doomed = path.with_name(f".{path.name}.partial")
                 shutil.rmtree(doomed, ignore_errors=True)
                 shutil.rmtree(path.rename(doomed))
-
-

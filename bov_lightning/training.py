@@ -100,7 +100,10 @@ class RecipeCLI(LightningCLI):
         loggers = config.pop("logger", None)
         loggers = loggers if isinstance(loggers, list) else [loggers] if loggers else []
         config = {name: value for name, value in config.items() if name not in DERIVED}
-        config["logger"] = [*own.pop("loggers"), *(logger for logger in loggers if logger is not True)]
+        config["logger"] = [
+            *own.pop("loggers"),
+            *(logger for logger in loggers if logger is not True),
+        ]
         config["plugins"] = [*(config.pop("plugins", None) or []), *own.pop("plugins")]
         return super()._instantiate_trainer(config | own, [*callbacks, *own.pop("callbacks")])
 
@@ -135,7 +138,9 @@ def build_cli(settings: dict, trainer_arguments: dict[str, Any], origin: str) ->
     trainer_keys = inspect.signature(Trainer.__init__).parameters
     for key in settings.get("trainer") or {}:
         if key in DERIVED:
-            raise UserError(f"{origin}: trainer.{key} follows from {DERIVED[key]}: set that instead")
+            raise UserError(
+                f"{origin}: trainer.{key} follows from {DERIVED[key]}: set that instead"
+            )
         if key not in trainer_keys:
             options = [f"trainer.{name}" for name in trainer_keys if name != "self"]
             raise unknown_key(f"trainer.{key}", options, origin)
@@ -304,11 +309,14 @@ def validate(checkpoint: Path, recipe: Recipe, settings: dict, origin: str) -> f
         from data_modules.tokenizer import tokenizer_hash
 
         data.prepare_data()
-        own, theirs = tokenizer_hash(checkpoint / TOKENIZER), tokenizer_hash(data.tokenizer_directory)
+        own, theirs = (
+            tokenizer_hash(checkpoint / TOKENIZER),
+            tokenizer_hash(data.tokenizer_directory),
+        )
         if own != theirs:
             raise UserError(
                 f"{checkpoint} was trained with another tokenizer than that of the data "
-                f"({own}, not {theirs}): set data.init_args.tokenizer.path to {checkpoint / TOKENIZER}"
+                f"({own}, not {theirs}): use data.init_args.tokenizer.path {checkpoint / TOKENIZER}"
             )
     cli.trainer.validate(module, datamodule=data, verbose=False)
     val_bpb = float(cli.trainer.callback_metrics["val_bpb"])

@@ -1,10 +1,10 @@
 """Corpora that are tokenized and packed once, and then read memory-mapped in a global order.
 
-    directory/
-        manifest.json   settings, fingerprints, rows and checksums; written last
-        tokenizer/      a transformers tokenizer
-        train.bin       rows of sequence_len + 1 token ids, uint16 or uint32
-        val.bin
+directory/
+    manifest.json   settings, fingerprints, rows and checksums; written last
+    tokenizer/      a transformers tokenizer
+    train.bin       rows of sequence_len + 1 token ids, uint16 or uint32
+    val.bin
 """
 
 import hashlib
@@ -49,7 +49,9 @@ class TrainingRows:
     the same whatever the number of ranks, the micro-batch and the accumulation are.
     """
 
-    def __init__(self, rows: np.ndarray, micro: int, n_batch: int, seed: int, rank: int, world: int):
+    def __init__(
+        self, rows: np.ndarray, micro: int, n_batch: int, seed: int, rank: int, world: int
+    ):
         """``n_batch``: micro-batches of the whole run, per rank."""
         self.rows, self.micro, self.n_batch, self.seed = rows, micro, n_batch, seed
         self.rank, self.world = rank, world
@@ -154,12 +156,14 @@ class PackedDataModule(pl.LightningDataModule):
             for name, value in settings.items():
                 if found.get(name) != value:
                     raise UserError(
-                        f"{self.directory} was prepared with {name} {found.get(name)}, not {value}: "
-                        "choose another data.init_args.directory or delete it"
+                        f"{self.directory} was prepared with {name} {found.get(name)}, not "
+                        f"{value}: choose another data.init_args.directory or delete it"
                     )
             return
         if self.directory.exists() and any(self.directory.iterdir()):
-            raise UserError(f"{self.directory} exists and holds no {MANIFEST}: choose another folder")
+            raise UserError(
+                f"{self.directory} exists and holds no {MANIFEST}: choose another folder"
+            )
         console = Console(stderr=True)
         with console.status("preparing data") as status:
             write_directory(self.directory, lambda aside: self._prepare(aside, settings, status))

@@ -40,7 +40,7 @@ class TokenizerConfig:
     def __post_init__(self):
         if self.path is None and self.vocab_size < 257:
             raise UserError(
-                f"data: tokenizer.vocab_size is {self.vocab_size}: at least 257 (all bytes and {BOS})"
+                f"data: tokenizer.vocab_size is {self.vocab_size}: at least 257, bytes and {BOS}"
             )
 
 

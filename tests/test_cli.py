@@ -115,6 +115,17 @@ def test_mistyped_commands_and_options(capsys):
     assert "config" in refused(capsys, ["fit"])
 
 
+THEIR_SIZES = {
+    "n_layer": 2,
+    "n_head": 2,
+    "n_kv_head": 2,
+    "n_embd": 32,
+    "vocab_size": 64,
+    "sequence_len": 32,
+    "window_pattern": "L",
+}
+
+
 class Hostile:
     """Unpickling this would create a file."""
 
@@ -132,9 +143,7 @@ def test_files_from_strangers_run_no_code(tiny_recipe, workplace, capsys):
     theirs = workplace / "theirs"
     theirs.mkdir()
     torch.save({"lm_head.weight": Hostile()}, theirs / "model_000001.pt")
-    meta = {"model_config": {"n_layer": 2, "n_head": 2, "n_kv_head": 2, "n_embd": 32,
-                             "vocab_size": 64, "sequence_len": 32, "window_pattern": "L"}}  # fmt: skip
-    (theirs / "meta_000001.json").write_text(json.dumps(meta))
+    (theirs / "meta_000001.json").write_text(json.dumps({"model_config": THEIR_SIZES}))
     line = refused(capsys, ["import", "nanochat", "theirs", "--output", "ours"])
     assert "model_000001.pt cannot be read" in line
     assert not (workplace / "ours").exists()
@@ -153,8 +162,6 @@ def test_unknown_flags_of_the_authors_code_are_named(workplace, capsys):
     theirs = workplace / "theirs"
     theirs.mkdir()
     torch.save({}, theirs / "model_000001.pt")
-    sizes = {"n_layer": 2, "n_head": 2, "n_kv_head": 2, "n_embd": 32, "vocab_size": 64,
-             "sequence_len": 32, "window_pattern": "L"}  # fmt: skip
     command = ["import", "nanochat", "theirs", "--output", "ours"]
     for flags, words in (
         ({"v_from_the_moon": True}, ["v_from_the_moon"]),
@@ -162,7 +169,7 @@ def test_unknown_flags_of_the_authors_code_are_named(workplace, capsys):
         ({"detach_init_value": True}, ["detach_init_value"]),
         ({"learn_init_coeffs": True}, ["learn_init_coeffs"]),
     ):
-        (theirs / "meta_000001.json").write_text(json.dumps({"model_config": sizes | flags}))
+        (theirs / "meta_000001.json").write_text(json.dumps({"model_config": THEIR_SIZES | flags}))
         line = refused(capsys, command)
         for word in words:
             assert word in line

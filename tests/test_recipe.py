@@ -16,8 +16,9 @@ OVERLAYS = sorted((REPOSITORY / "recipes").glob("values/*.yaml"))
 
 plain_data = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=3),
-    lambda inner: st.dictionaries(st.sampled_from("abcd"), inner, max_size=4)
-    | st.lists(inner, max_size=3),
+    lambda inner: (
+        st.dictionaries(st.sampled_from("abcd"), inner, max_size=4) | st.lists(inner, max_size=3)
+    ),
     max_leaves=10,
 )
 mappings = st.dictionaries(st.sampled_from("abcd"), plain_data, max_size=4)

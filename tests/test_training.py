@@ -208,9 +208,7 @@ def test_value_sources_of_every_kind_train(tiny_recipe):
 
 def test_recomputed_activations_change_nothing(tiny_recipe):
     plain = fit(tiny_recipe)
-    recomputed = fit(
-        tiny_recipe, "--activation_checkpointing", "true", "--run.name", "recomputed"
-    )
+    recomputed = fit(tiny_recipe, "--activation_checkpointing", "true", "--run.name", "recomputed")
     assert_same_end(plain, recomputed)
 
 

@@ -1,1 +1,1 @@
-"""The network: configuration, value sources, attention, transformer. Knows no files and no ranks."""
+"""The network: configuration, value sources, attention, transformer. Knows no files, no ranks."""

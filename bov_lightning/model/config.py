@@ -167,8 +167,6 @@ class TransformerConfig:
         """Per layer, how many tokens to the left of itself a token sees; None: all of them."""
         short = -(-self.sequence_len // 4 // 128) * 128
         pattern = self.window_pattern
-        windows = [
-            short if pattern[i % len(pattern)] == "S" else None for i in range(self.n_layer)
-        ]
+        windows = [short if pattern[i % len(pattern)] == "S" else None for i in range(self.n_layer)]
         windows[-1] = None
         return windows

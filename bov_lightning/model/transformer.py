@@ -145,15 +145,13 @@ class Transformer(nn.Module):
             for part in ("query", "key"):
                 weight = getattr(attention, part).weight
                 uniform_(weight, bound, generator(f"{name}.attention.{part}.weight"))
-            attention.value.initialise(
-                f"{name}.attention.value", self.embedding.weight, generator
-            )
+            attention.value.initialise(f"{name}.attention.value", self.embedding.weight, generator)
             attention.output.weight.zero_()
             uniform_(mlp.input.weight, 0.4 * bound, generator(f"{name}.mlp.input.weight"))
             mlp.output.weight.zero_()
 
     def flops_per_token(self) -> int:
-        """Training FLOPs per token: 6 per matrix parameter in use, 12 per channel and visible key."""
+        """Training FLOPs per token: 6 per matrix parameter, 12 per channel and visible key."""
         config = self.config
         linear = [m for block in self.blocks for m in (
             block.attention.query, block.attention.key, block.attention.output,

@@ -1,8 +1,8 @@
 """Value sources: where the value vectors of an attention layer come from.
 
 A source is one class. It owns its parameters, their initialisation and optimizer group, its forward
-pass, and says what decoding must keep for it. `LayerValues` combines a source with a coefficient and
-with the layer's context value x W_V; the variants of the paper are such combinations.
+pass, and says what decoding must keep for it. `LayerValues` combines a source with a coefficient
+and with the layer's context value x W_V; the variants of the paper are such combinations.
 
 Shapes: B batch, T time, C = d_model, V = n_kv_head * head_dim.
 """

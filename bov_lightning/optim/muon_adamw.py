@@ -1,8 +1,8 @@
 """One optimizer: Muon with variance reduction for matrices, AdamW for everything else.
 
 The rule is that of the paper's training code: Nesterov momentum, orthogonalisation by Polar Express
-(arXiv 2505.16932) in bf16, NorMuon's variance reduction (arXiv 2510.05491) and cautious weight decay
-(arXiv 2510.12402).
+(arXiv 2505.16932) in bf16, NorMuon's variance reduction (arXiv 2510.05491) and cautious weight
+decay (arXiv 2510.12402).
 
 Parameters may be plain tensors or DTensors that FSDP2 sharded over their rows. State is kept per
 parameter and sharded like it, so that distributed checkpoints can reshard it. Matrices of one shape
@@ -29,7 +29,7 @@ POLAR_EXPRESS = (
 
 
 def polar_express(stack: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices of a stack (n, rows, cols); computed and given in bf16."""
+    """The nearest semi-orthogonal matrices of a stack (n, rows, cols), in bf16."""
     x = stack.bfloat16()
     x = x / (1.01 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
     tall = x.shape[-2] > x.shape[-1]
@@ -175,9 +175,7 @@ def _averaged_zeros(matrix: Tensor, dim: int) -> Tensor:
     if not isinstance(matrix, DTensor):
         return matrix.new_zeros(shape)
     placements = matrix.placements if dim == -1 else [Replicate()]
-    return zeros(
-        shape, dtype=matrix.dtype, device_mesh=matrix.device_mesh, placements=placements
-    )
+    return zeros(shape, dtype=matrix.dtype, device_mesh=matrix.device_mesh, placements=placements)
 
 
 def _sum_over_shards(local: Tensor, matrix: Tensor) -> Tensor:

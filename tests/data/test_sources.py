@@ -26,7 +26,7 @@ def test_standard_library_holds_out_whole_files():
     train, val = set(source.documents("train")), set(source.documents("val"))
     assert len(train) > 5 * len(val) > 0
     assert not train & val
-    files = {name for name in source._files()}
+    files = set(source._files())
     assert "json/decoder.py" in files
     assert not any(name.startswith(("test/", "site-packages/", "idlelib/")) for name in files)
     assert source.fingerprint() == StandardLibrary(max_chars=10**9).fingerprint()

@@ -16,7 +16,11 @@ from data_modules.tokenizer import (
     train_tokenizer,
 )
 
-TEXT = ["def f(x): return x + 1234567\n", "naïve café — 日本語のテキスト\n", "  spaces\tand tabs\r\n"] * 20
+TEXT = [
+    "def f(x): return x + 1234567\n",
+    "naïve café — 日本語のテキスト\n",
+    "  spaces\tand tabs\r\n",
+] * 20
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from bov_lightning.nanochat import convert_name
 from bov_lightning.optim.groups import OptimizerConfig, build_groups
 from bov_lightning.optim.muon_adamw import MuonAdamW
 
-
 ROUNDING = 1e-9
 """Gradients are sums of terms of about 1e-3 in fp32: below this they are rounding."""
 

@@ -1,0 +1,112 @@
+"""Every command and snippet in README.md and CONTRIBUTING.md runs."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY
+
+from bov_lightning.cli import main
+from bov_lightning.recipe import Recipe, build, check_keys
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    lines = "\n".join(blocks(text, "bash")).splitlines()
+    return [line.split("#")[0].strip() for line in lines]
+
+
+def test_make_targets_in_the_texts_exist():
+    targets = {line for text in (README, CONTRIBUTING) for line in commands(text) if "make" in line}
+    assert {"make quickstart", "make test"} <= targets
+    for target in targets:
+        subprocess.run(
+            [*target.split(), "--dry-run"], cwd=REPOSITORY, check=True, capture_output=True
+        )
+
+
+@pytest.mark.slow
+def test_readme_commands_run(workplace, capsys):
+    """As written, in order, in an empty directory; training is cut to two steps."""
+    (workplace / "recipes").symlink_to(REPOSITORY / "recipes")
+    lines = [line for line in commands(README) if line.startswith("bov ")]
+    assert len(lines) >= 5
+    for line in lines:
+        arguments = shlex.split(line)[1:]
+        if arguments[0] == "fit":
+            arguments += ["--model.budget.steps", "2", "--validation.tokens", "2048"]
+        assert main(arguments) == 0, line
+    assert "val_bpb" in capsys.readouterr().out
+    assert (workplace / "runs" / "quickstart-standard").is_dir()
+
+    (snippet,) = blocks(README, "python")
+    names: dict = {}
+    exec(snippet, names)
+    assert names["logits"].shape == (*names["token_ids"].shape, 4096)
+
+
+def test_command_table_names_the_commands_that_exist(capsys):
+    from bov_lightning.cli import COMMANDS
+
+    assert set(re.findall(r"^\| `bov (\w+)", README, re.MULTILINE)) == set(COMMANDS)
+    assert main(["--help"]) == 0
+    assert set(re.findall(r"^  (\w+)  ", capsys.readouterr().out, re.MULTILINE)) == set(COMMANDS)
+
+
+def test_yaml_snippets_are_valid():
+    for text in blocks(README, "yaml"):
+        data = yaml.safe_load(text)
+        check_keys(data, "README.md")
+        build(Recipe, data, "README.md")
+
+
+def test_links_to_files_exist():
+    for text in (README, CONTRIBUTING):
+        for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
+            assert (REPOSITORY / target).exists(), target
+
+
+def test_worked_example_of_a_value_source(tmp_path):
+    """CONTRIBUTING's class and YAML, in a process of their own, train and stay causal."""
+    (source,) = blocks(CONTRIBUTING, "python")
+    (overlay,) = blocks(CONTRIBUTING, "yaml")
+    program = f'''
+import torch, yaml
+import torch.nn.functional as F
+from bov_lightning import Transformer, TransformerConfig, ValueConfig
+from bov_lightning.model.layers import rms_norm
+from bov_lightning.model.values import ValueSource
+
+{source}
+value = ValueConfig(**yaml.safe_load("""{overlay}""")["model"]["config"]["value"])
+shape = dict(n_layer=3, n_head=2, n_kv_head=2, d_model=32, vocab_size=64)
+model = Transformer(TransformerConfig(**shape, value=value))
+for block in model.blocks:
+    torch.nn.init.normal_(block.attention.output.weight, std=0.1)
+torch.nn.init.normal_(model.head.weight, std=0.1)
+ids = torch.arange(20)[None]
+model(ids[:, :-1], ids[:, 1:]).backward()
+assert all(p.grad is not None for p in model.parameters())
+changed = ids.clone()
+changed[0, 10] = 63
+assert torch.equal(model(ids)[:, :10], model(changed)[:, :10])
+standard = Transformer(TransformerConfig(**shape))
+assert model.flops_per_token() == standard.flops_per_token()
+'''
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
+
+
+def test_version_of_torch_is_pinned():
+    assert re.search(r"^torch==", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)
+    pinned = re.search(r"^torch==(.+)$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)
+    assert torch.__version__.startswith(pinned[1])

@@ -1,0 +1,52 @@
+"""The built wheel brings the recipes along and works away from the checkout."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPOSITORY
+
+
+@pytest.mark.slow
+def test_installed_wheel_trains_a_packaged_recipe(tmp_path, tiny_settings):
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    wheels, site, work = tmp_path / "wheels", tmp_path / "site", tmp_path / "work"
+    work.mkdir()
+    subprocess.run(
+        [*command, "wheel", "--no-deps", "--wheel-dir", str(wheels), str(REPOSITORY)], check=True
+    )
+    (wheel,) = wheels.glob("*.whl")
+    subprocess.run(
+        [*command, "install", "--no-deps", "--target", str(site), str(wheel)], check=True
+    )
+
+    environment = os.environ | {"PYTHONPATH": str(site)}
+
+    def run(*arguments: str) -> str:
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=work, env=environment, check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+
+    where = run(
+        "-c", "import bov_lightning, data_modules, evaluation; print(bov_lightning.__file__)"
+    )
+    assert Path(where.strip()).is_relative_to(site)
+    bov = ["-m", "bov_lightning.cli"]
+    assert "quickstart" in run(*bov, "recipes").split()
+    small = {
+        "model": {"config": {"n_layer": 3, "d_model": 32, "vocab_size": 300, "sequence_len": 32},
+                  "budget": {"steps": 2}},
+        "batch": {"tokens": 256, "micro": 4},
+        "data": tiny_settings["data"],
+    }  # fmt: skip
+    (work / "small.yaml").write_text(yaml.safe_dump(small))
+    out = run(
+        *bov, "fit", "--config", "recipes/quickstart.yaml", "--config", "values/standard",
+        "--config", "small.yaml",
+    )  # fmt: skip
+    assert "val_bpb" in out
+    assert (work / "runs" / "quickstart-standard-small" / "config.yaml").is_file()
