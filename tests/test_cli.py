@@ -176,6 +176,7 @@ def test_unknown_flags_of_the_authors_code_are_named(workplace, capsys):
     assert not (workplace / "ours").exists()
 
 
+@pytest.mark.slow
 def test_full_disk_is_one_line_and_leaves_no_half_checkpoint(tiny_recipe, workplace):
     """A real file system of 300 kB, which takes run files but no checkpoint."""
     disk = workplace / "disk"

@@ -215,11 +215,10 @@ def test_recomputed_activations_change_nothing(tiny_recipe):
 @pytest.mark.slow
 def test_killed_run_continues_from_its_checkpoint(tiny_recipe):
     """kill -9 in the middle, then the same command."""
-    whole = fit(tiny_recipe, "--model.budget.steps", "400", "--run.name", "whole")
-    command = [
-        sys.executable, "-m", "bov_lightning.cli", "fit", "--config", str(tiny_recipe),
-        "--model.budget.steps", "400", "--run.name", "killed",
-    ]  # fmt: skip
+    longer = ["--model.budget.steps", "200", "--checkpoint.every_steps", "20"]
+    whole = fit(tiny_recipe, *longer, "--run.name", "whole")
+    command = [sys.executable, "-m", "bov_lightning.cli", "fit", "--config", str(tiny_recipe)]
+    command += [*longer, "--run.name", "killed"]
     killed = Path("runs/killed")
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
@@ -229,7 +228,7 @@ def test_killed_run_continues_from_its_checkpoint(tiny_recipe):
     finally:
         process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert 0 < int(complete_checkpoints(killed)[-1].name.removeprefix("step-")) < 400
+    assert 0 < int(complete_checkpoints(killed)[-1].name.removeprefix("step-")) < 200
     again = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "resuming runs/killed from step" in again.stderr
     assert_same_end(whole, killed)
