@@ -97,15 +97,13 @@ class RecipeCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list) -> Trainer:
         own = dict(self.trainer_arguments)
-        loggers = config.pop("logger", None)
-        loggers = loggers if isinstance(loggers, list) else [loggers] if loggers else []
+        loggers = config.get("logger")
+        loggers = loggers if isinstance(loggers, list) else [loggers]
+        config["logger"] = own.pop("loggers") + [x for x in loggers if not isinstance(x, bool) and x]
+        config["plugins"] = own.pop("plugins") + (config.get("plugins") or [])
+        callbacks = [*callbacks, *own.pop("callbacks")]
         config = {name: value for name, value in config.items() if name not in DERIVED}
-        config["logger"] = [
-            *own.pop("loggers"),
-            *(logger for logger in loggers if logger is not True),
-        ]
-        config["plugins"] = [*(config.pop("plugins", None) or []), *own.pop("plugins")]
-        return super()._instantiate_trainer(config | own, [*callbacks, *own.pop("callbacks")])
+        return super()._instantiate_trainer(config | own, callbacks)
 
     def resolved_data(self) -> dict:
         """class_path and init_args of the DataModule with every default spelled out."""
@@ -170,6 +168,7 @@ def _quiet_lightning() -> None:
         ".*is not a subclass of.*DataLoader.*",
         ".*LightningCLI's args parameter is intended.*",
         ".*is smaller than the logging interval.*",
+        ".*It is recommended to use `self.log\\('val_bpb'.*",  # the metric reduces it
         ".*GPU available but not used.*",
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -277,7 +276,8 @@ def fit(recipe: Recipe, settings: dict, origin: str) -> None:
         step = read_marker(resume_from)["step"]
         for logger in loggers:
             logger.resume_at(step)
-        console.print(f"resuming {run} from step {step} ({resume_from})", highlight=False)
+        if trainer.is_global_zero:
+            console.print(f"resuming {run} from step {step} ({resume_from})", highlight=False)
     seed_everything(recipe.seed, workers=True, verbose=False)
     try:
         trainer.fit(module, datamodule=cli.datamodule, ckpt_path=resume_from)

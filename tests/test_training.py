@@ -54,8 +54,9 @@ def metrics(run: Path) -> dict[int, dict[str, str]]:
 
 def test_run_directory_tells_everything(tiny_recipe, capsys):
     run = fit(tiny_recipe)
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert "val_bpb " in out
+    assert err.count("step 3/8") == 1
     assert str(run) in out
     assert [path.name for path in complete_checkpoints(run)] == [
         f"step-{step:08d}" for step in (2, 4, 6, 8)
