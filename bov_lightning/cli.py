@@ -10,6 +10,7 @@ USAGE = """\
 usage: bov COMMAND ...
 
   fit        train a recipe, or continue its run       bov fit --config recipes/quickstart.yaml
+  prepare    tokenize and pack a recipe's text         bov prepare --config R.yaml
   validate   measure bits per byte                     bov validate RUN-or-CHECKPOINT
   plan       parameters, FLOPs, memory, before paying  bov plan --config R.yaml [--json]
   generate   sample text                               bov generate RUN-or-CHECKPOINT --prompt P
@@ -130,6 +131,26 @@ def _check_stored_classes(stored: dict, path: Path) -> None:
 _HARMLESS = ("accelerator", "devices", "precision")
 
 
+def _prepare(arguments: list[str]) -> None:
+    from bov_lightning.errors import UserError
+
+    parser = _recipe_parser("prepare", "Makes a recipe's tokenizer and packed token shards.")
+    parser.add_argument(
+        "--processes", type=int, help="how many pack at once; one per core if not given"
+    )
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="machine I of N, from 0")
+    known, options = parser.parse_known_args(arguments)
+    index, _, total = known.shard.partition("/")
+    if not (index.isdigit() and total.isdigit() and int(index) < int(total)):
+        raise UserError(f"--shard {known.shard}: give I/N with I from 0 to N-1, such as 0/4")
+    if known.processes is not None and known.processes < 1:
+        raise UserError(f"--processes is {known.processes}: at least 1")
+    recipe, _, origin = _read_recipe(known.config, options)
+    from bov_lightning.training import prepare
+
+    prepare(recipe, origin, known.processes, (int(index), int(total)))
+
+
 def _plan(arguments: list[str]) -> None:
     parser = _recipe_parser("plan", "Prints what a recipe costs; trains and allocates nothing.")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -183,6 +204,7 @@ def _recipes(arguments: list[str]) -> None:
 
 COMMANDS = {
     "fit": _fit,
+    "prepare": _prepare,
     "validate": _validate,
     "plan": _plan,
     "generate": _generate,

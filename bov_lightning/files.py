@@ -1,9 +1,11 @@
-"""Directories that are either complete or not there."""
+"""Files and directories that are either complete or not there."""
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from bov_lightning.errors import UserError
 
@@ -19,28 +21,57 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_directory(target: Path, write: Callable[[Path], None]) -> None:
-    """Creates a directory with what ``write`` puts there, complete or absent.
+@contextmanager
+def _complete_or_absent(target: Path) -> Iterator[Path]:
+    """A place beside ``target`` to write to, moved there at the end; nothing is left on errors.
 
-    An existing one is replaced. A full disk is a `UserError`, and nothing is left behind.
+    A file system error, and a full disk under whatever name, is a `UserError`.
     """
     aside = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove(aside)
     try:
-        aside.mkdir(parents=True)
-        write(aside)
-        for path in sorted(aside.rglob("*")):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        for path in (*sorted(aside.rglob("*")), aside):
             _fsync(path)
-        _fsync(aside)
     except BaseException as error:
         # Libraries report a full disk as errors of their own kinds.
-        full = isinstance(error, Exception) and shutil.disk_usage(target.parent).free < FULL
-        shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, OSError) or full:
-            reason = getattr(error, "strerror", None) or "No space left on device"
-            raise UserError(f"{target} cannot be written: {reason}") from error
-        raise
-    if target.exists():
+        full = isinstance(error, Exception) and _is_full(target)
+        _remove(aside)
+        if isinstance(error, UserError) or not (isinstance(error, OSError) or full):
+            raise
+        reason = getattr(error, "strerror", None) or "No space left on device"
+        raise UserError(f"{target} cannot be written: {reason}") from error
+    if target.is_dir():
         shutil.rmtree(target)
-    aside.rename(target)
+    aside.replace(target)
     _fsync(target.parent)
+
+
+def _is_full(path: Path) -> bool:
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    return shutil.disk_usage(folder).free < FULL
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_directory(target: Path, write: Callable[[Path], None]) -> None:
+    """Creates a directory with what ``write`` puts there; an existing one is replaced."""
+    with _complete_or_absent(target) as aside:
+        aside.mkdir()
+        write(aside)
+
+
+def write_file(target: Path, content: str | Callable[[BinaryIO], None]) -> None:
+    """Creates a file with a text, or with what a function writes; an existing one is replaced."""
+    with _complete_or_absent(target) as aside, open(aside, "wb") as file:
+        if isinstance(content, str):
+            file.write(content.encode("utf-8"))
+        else:
+            content(file)
+        file.flush()

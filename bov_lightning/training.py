@@ -5,6 +5,8 @@ import inspect
 import logging
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +101,9 @@ class RecipeCLI(LightningCLI):
         own = dict(self.trainer_arguments)
         loggers = config.get("logger")
         loggers = loggers if isinstance(loggers, list) else [loggers]
-        config["logger"] = own.pop("loggers") + [x for x in loggers if not isinstance(x, bool) and x]
+        config["logger"] = own.pop("loggers") + [
+            x for x in loggers if not isinstance(x, bool) and x
+        ]
         config["plugins"] = own.pop("plugins") + (config.get("plugins") or [])
         callbacks = [*callbacks, *own.pop("callbacks")]
         config = {name: value for name, value in config.items() if name not in DERIVED}
@@ -143,8 +147,15 @@ def build_cli(settings: dict, trainer_arguments: dict[str, Any], origin: str) ->
             options = [f"trainer.{name}" for name in trainer_keys if name != "self"]
             raise unknown_key(f"trainer.{key}", options, origin)
     _check_class(settings["data"], "data", origin)
-    try:
+    with _user_errors(origin):
         return RecipeCLI(settings, trainer_arguments)
+
+
+@contextmanager
+def _user_errors(origin: str) -> Iterator[None]:
+    """Turns what jsonargparse makes of a wrong value into a `UserError`."""
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:
@@ -156,6 +167,38 @@ def build_cli(settings: dict, trainer_arguments: dict[str, Any], origin: str) ->
         if type(error).__module__.startswith(("jsonargparse", "argparse")):
             raise UserError(f"{origin}: {one_line(error)}") from None
         raise
+
+
+def build_data(recipe: Recipe, origin: str) -> LightningDataModule:
+    """The recipe's DataModule alone, with what the other sections fill in."""
+    from jsonargparse import ArgumentParser
+
+    if not recipe.data:
+        raise UserError(f"{origin}: the recipe has no data section")
+    _check_class(recipe.data, "data", origin)
+    filled = {
+        "sequence_len": recipe.model.config.sequence_len,
+        "micro": recipe.batch.micro,
+        "seed": recipe.seed,
+        "validation_tokens": recipe.validation.tokens,
+    }
+    arguments = {**(recipe.data.get("init_args") or {}), **filled}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningDataModule, "data")
+    with _user_errors(origin):
+        parsed = parser.parse_object({"data": {**recipe.data, "init_args": arguments}})
+        return parser.instantiate(parsed).data
+
+
+def prepare(recipe: Recipe, origin: str, processes: int | None, shard: tuple[int, int]) -> None:
+    """Makes the recipe's tokenizer and packed shards, or what is missing of them."""
+    corpus = build_data(recipe, origin).corpus
+    before = corpus.is_prepared()
+    corpus.prepare(processes, shard)
+    if not corpus.is_prepared():
+        print(f"{corpus.directory}: the other --shard parts are missing")
+    elif before:
+        print(f"{corpus.directory} holds everything already")
 
 
 def _quiet_lightning() -> None:

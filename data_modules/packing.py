@@ -4,8 +4,27 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Literal
 
 import numpy as np
+
+from bov_lightning.errors import UserError
+
+
+@dataclass(frozen=True)
+class PackingConfig:
+    """How documents fill rows."""
+
+    kind: Literal["best_fit", "concat"] = "best_fit"
+    """best_fit: rows start with a document, the paper's way; crops what does not fit. concat:
+    documents follow one another across rows; crops nothing."""
+
+    buffer: int = 1000
+    """Documents that best_fit chooses from."""
+
+    def __post_init__(self):
+        if self.buffer < 1:
+            raise UserError(f"data: packing.buffer is {self.buffer}: at least 1")
 
 
 @dataclass
@@ -65,3 +84,44 @@ def pack_best_fit(
                 filled = row_len
         counts.rows += 1
         yield row
+
+
+def pack_concat(
+    documents: Iterable[np.ndarray], row_len: int, counts: PackingCounts | None = None
+) -> Iterator[np.ndarray]:
+    """Rows of ``row_len`` tokens of all documents in a line. Each row starts with the last token
+    of the one before, so that every token but the first is a target once.
+
+    An unfilled last row is dropped.
+    """
+    counts = PackingCounts() if counts is None else counts
+    row, filled = None, 0
+    for ids in documents:
+        counts.tokens += len(ids)
+        taken = 0
+        while taken < len(ids):
+            if row is None:
+                row = np.empty(row_len, dtype=ids.dtype)
+            n = min(row_len - filled, len(ids) - taken)
+            row[filled : filled + n] = ids[taken : taken + n]
+            filled, taken = filled + n, taken + n
+            if filled == row_len:
+                counts.rows += 1
+                yield row
+                last = row[-1]
+                row = np.empty(row_len, dtype=ids.dtype)
+                row[0], filled = last, 1
+    # A lone first token has been a target already.
+    counts.cropped += filled if not counts.rows else filled - 1
+
+
+def pack(
+    documents: Iterable[np.ndarray],
+    row_len: int,
+    config: PackingConfig,
+    counts: PackingCounts | None = None,
+) -> Iterator[np.ndarray]:
+    """Rows of ``row_len`` tokens, packed as ``config`` says."""
+    if config.kind == "concat":
+        return pack_concat(documents, row_len, counts)
+    return pack_best_fit(documents, row_len, config.buffer, counts)

@@ -135,12 +135,16 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
     return lengths
 
 
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """uint16 where the vocabulary allows, else uint32."""
+    return np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32)
+
+
 def encode_documents(
     tokenizer: Tokenizer, documents: Iterable[str], batch_size: int = 64
 ) -> Iterator[np.ndarray]:
     """Token ids of each document, <|bos|> first; uint16 where the vocabulary allows."""
-    dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
-    start = bos_id(tokenizer)
+    dtype, start = token_dtype(tokenizer), bos_id(tokenizer)
     documents = iter(documents)
     while batch := list(islice(documents, batch_size)):
         for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):

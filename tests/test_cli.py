@@ -83,7 +83,7 @@ def test_empty_and_unreadable_corpora_leave_nothing_behind(tiny_settings, workpl
     (workplace / "empty.txt").write_text(" \n")
     (workplace / "bytes.txt").write_bytes(b"\xff\xfe" * 100)
     settings = json.loads(json.dumps(tiny_settings))
-    for name, word in (("empty.txt", "empty"), ("bytes.txt", "bytes.txt cannot be read")):
+    for name, word in (("empty.txt", "empty"), ("bytes.txt", "bytes.txt row 1: invalid UTF-8")):
         settings["data"]["init_args"]["directory"] = "packed"
         settings["data"]["init_args"]["source"]["init_args"]["train"] = [name]
         (workplace / "recipe.yaml").write_text(yaml.safe_dump(settings))

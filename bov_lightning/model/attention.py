@@ -4,6 +4,7 @@ Shapes: B batch, T time, C = d_model, H query heads, K key-value heads, D head d
 """
 
 from functools import lru_cache
+from typing import TYPE_CHECKING, Union
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from bov_lightning.model.config import TransformerConfig
 from bov_lightning.model.layers import Linear, rms_norm
 from bov_lightning.model.values import LayerValues, ValueInputs
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 ROTARY_BASE = 100_000
 QK_SCALE = 1.2
@@ -34,9 +38,13 @@ def rotate(x_BTHD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
+Mask = Union[Tensor, "BlockMask", None]
+"""What `attend` takes: (T, T) or (B, 1, T, T) bool, True where a query (row) sees a key (column);
+FlexAttention's form of it on CUDA; None for plain causal attention."""
+
+
 @lru_cache(maxsize=8)
 def _window_mask(n_token: int, window: int, device: torch.device) -> Tensor:
-    """(T, T), True where a query (row) may see a key (column)."""
     # Validation runs in inference mode; a mask born there could not be used in training.
     with torch.inference_mode(False):
         position = torch.arange(n_token, device=device)
@@ -44,16 +52,56 @@ def _window_mask(n_token: int, window: int, device: torch.device) -> Tensor:
         return (distance >= 0) & (distance <= window)
 
 
-@lru_cache(maxsize=8)
-def _block_mask(n_token: int, window: int, device: torch.device):
-    """The same mask for FlexAttention, which skips the blocks that it hides."""
+def _create_block_mask(*args, **kwargs) -> "BlockMask":
+    # Imports the compiler, which commands that only count must not pay for.
     from torch.nn.attention.flex_attention import create_block_mask
 
+    return create_block_mask(*args, **kwargs)
+
+
+@lru_cache(maxsize=8)
+def _window_block_mask(n_token: int, window: int, device: torch.device) -> "BlockMask":
     def visible(batch, head, query, key):
         return (query >= key) & (query - key <= window)
 
     with torch.inference_mode(False):
-        return create_block_mask(visible, None, None, n_token, n_token, device=device)
+        return _create_block_mask(visible, None, None, n_token, n_token, device=device)
+
+
+def _document_block_mask(document_BT: Tensor, window: int) -> "BlockMask":
+    def visible(batch, head, query, key):
+        near = (query >= key) & (query - key <= window)
+        return near & (document_BT[batch, query] == document_BT[batch, key])
+
+    n_row, n_token = document_BT.shape
+    return _create_block_mask(visible, n_row, None, n_token, n_token, device=document_BT.device)
+
+
+def make_masks(
+    windows: list[int | None], token_ids_BT: Tensor, document_start: int | None
+) -> dict[int | None, Mask]:
+    """The mask of each window: a token sees itself and ``window`` tokens to its left.
+
+    With ``document_start``, it sees none from before the last such token.
+    """
+    n_token, device = token_ids_BT.shape[1], token_ids_BT.device
+    flex = device.type == "cuda"
+    masks: dict[int | None, Mask] = {}
+    for window in set(windows):
+        reach = n_token - 1 if window is None else min(window, n_token - 1)
+        if document_start is not None:
+            document_BT = (token_ids_BT == document_start).cumsum(1)
+            if flex:
+                masks[window] = _document_block_mask(document_BT, reach)
+            else:
+                same_BTT = document_BT[:, :, None] == document_BT[:, None]
+                masks[window] = (same_BTT & _window_mask(n_token, reach, device))[:, None]
+        elif reach == n_token - 1:
+            masks[window] = None
+        else:
+            make = _window_block_mask if flex else _window_mask
+            masks[window] = make(n_token, reach, device)
+    return masks
 
 
 @lru_cache(maxsize=1)
@@ -63,40 +111,37 @@ def _compiled_flex_attention():
     return torch.compile(flex_attention)
 
 
-def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, window: int | None) -> Tensor:
+def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Mask) -> Tensor:
     """Causal attention of normed queries and keys, (B, H, T, D).
 
-    A token sees itself and ``window`` tokens to its left.
-
     The one place that chooses the implementation: torch's scaled dot product attention, except for
-    windows on CUDA, where FlexAttention skips what the window hides (it cannot train on a CPU).
+    masks on CUDA, where FlexAttention skips what they hide (it cannot train on a CPU).
     """
-    n_token = q_BHTD.shape[2]
     how = {
         "scale": QK_SCALE**2 / q_BHTD.shape[3] ** 0.5,
         "enable_gqa": q_BHTD.shape[1] != k_BKTD.shape[1],
     }
-    if window is None or window >= n_token - 1:
-        return F.scaled_dot_product_attention(q_BHTD, k_BKTD, v_BKTD, is_causal=True, **how)
-    if q_BHTD.is_cuda:
-        mask = _block_mask(n_token, window, q_BHTD.device)
+    if not isinstance(mask, Tensor | None):
         return _compiled_flex_attention()(q_BHTD, k_BKTD, v_BKTD, block_mask=mask, **how)
-    mask = _window_mask(n_token, window, q_BHTD.device)
-    return F.scaled_dot_product_attention(q_BHTD, k_BKTD, v_BKTD, attn_mask=mask, **how)
+    return F.scaled_dot_product_attention(
+        q_BHTD, k_BKTD, v_BKTD, attn_mask=mask, is_causal=mask is None, **how
+    )
 
 
 class Attention(nn.Module):
     """Self-attention whose values come from a `LayerValues`."""
 
-    def __init__(self, config: TransformerConfig, values: LayerValues, window: int | None):
+    def __init__(self, config: TransformerConfig, values: LayerValues):
         super().__init__()
-        self.head_dim, self.window = config.head_dim, window
+        self.head_dim = config.head_dim
         self.query = Linear(config.d_model, config.n_head * config.head_dim)
         self.key = Linear(config.d_model, config.n_kv_head * config.head_dim)
         self.value = values
         self.output = Linear(config.n_head * config.head_dim, config.d_model)
 
-    def forward(self, inputs: ValueInputs, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, inputs: ValueInputs, rotary: tuple[Tensor, Tensor], mask: Mask
+    ) -> tuple[Tensor, Tensor]:
         """Output (B, T, C) and this layer's value (B, T, K*D)."""
 
         def heads(x: Tensor) -> Tensor:
@@ -106,5 +151,5 @@ class Attention(nn.Module):
         k_BTKD = rms_norm(rotate(heads(self.key(inputs.x)), *rotary))
         value = self.value(inputs)
         v_BTKD = heads(value).to(q_BTHD.dtype)
-        y_BHTD = attend(*(x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD)), self.window)
+        y_BHTD = attend(*(x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD)), mask)
         return self.output(y_BHTD.transpose(1, 2).flatten(2)), value

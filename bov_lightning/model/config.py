@@ -90,6 +90,10 @@ class TransformerConfig:
     """Attention windows, tiled over the layers: L sees everything before it, S a quarter of
     sequence_len (rounded up to 128). The last layer is always L."""
 
+    document_start: int | None = None
+    """Token id that starts a document: attention and smear then never reach back across it. null:
+    a row is one text, as in the paper."""
+
     value: ValueConfig = field(default_factory=ValueConfig)
     """Where value vectors come from."""
 

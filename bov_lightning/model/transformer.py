@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bov_lightning.model.attention import Attention, rotary_angles
+from bov_lightning.model.attention import Attention, make_masks, rotary_angles
 from bov_lightning.model.config import TransformerConfig
 from bov_lightning.model.layers import Linear, rms_norm, uniform_
 from bov_lightning.model.loss import softcap, softcapped_cross_entropy
@@ -27,9 +27,12 @@ class Smear(nn.Module):
         self.strength = nn.Parameter(torch.empty(1))
         self.gate = nn.Parameter(torch.empty(1, self.n_channel))
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
+    def forward(self, x_BTC: Tensor, starts_BT: Tensor | None) -> Tensor:
+        """``starts_BT``: True at tokens that nothing of the one before is mixed into."""
         here, previous = x_BTC[:, 1:], x_BTC[:, :-1]
         gate = self.strength * torch.sigmoid(F.linear(here[..., : self.n_channel], self.gate))
+        if starts_BT is not None:
+            gate = gate.masked_fill(starts_BT[:, 1:, None], 0)
         return torch.cat((x_BTC[:, :1], here + gate.to(x_BTC.dtype) * previous), dim=1)
 
 
@@ -50,13 +53,14 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig, values: LayerValues, window: int | None):
         super().__init__()
-        self.attention = Attention(config, values, window)
+        self.window = window
+        self.attention = Attention(config, values)
         self.mlp = MLP(config.d_model)
 
-    def forward(self, x_BTC, x0_BTC, token_ids_BT, first_value, rotary) -> tuple[Tensor, Tensor]:
+    def forward(self, x_BTC, x0_BTC, token_ids_BT, first_value, rotary, mask):
         """The residual stream after this block, and the block's value."""
         inputs = ValueInputs(rms_norm(x_BTC), x0_BTC, token_ids_BT, first_value)
-        attended_BTC, value = self.attention(inputs, rotary)
+        attended_BTC, value = self.attention(inputs, rotary, mask)
         x_BTC = x_BTC + attended_BTC
         return x_BTC + self.mlp(rms_norm(x_BTC)), value
 
@@ -118,11 +122,15 @@ class Transformer(nn.Module):
             reduction: ``mean`` over the counted targets (a scalar), or ``none``: (B, T), for
                 evaluation only, since it carries no gradient.
         """
-        rotary = rotary_angles(token_ids_BT.shape[1], self.config.head_dim, token_ids_BT.device)
-        x_BTC = x0_BTC = self.smear(rms_norm(self.embedding(token_ids_BT)))
+        config, start = self.config, self.config.document_start
+        rotary = rotary_angles(token_ids_BT.shape[1], config.head_dim, token_ids_BT.device)
+        masks = make_masks(config.windows, token_ids_BT, start)
+        starts_BT = None if start is None else token_ids_BT == start
+        x_BTC = x0_BTC = self.smear(rms_norm(self.embedding(token_ids_BT)), starts_BT)
         first_value = None
         for block in self.blocks:
-            x_BTC, value = block(x_BTC, x0_BTC, token_ids_BT, first_value, rotary)
+            mask = masks[block.window]
+            x_BTC, value = block(x_BTC, x0_BTC, token_ids_BT, first_value, rotary, mask)
             first_value = value if first_value is None else first_value
         return self.head(rms_norm(x_BTC), targets_BT, reduction)
 

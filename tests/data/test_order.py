@@ -1,11 +1,16 @@
 """The global order: a permutation per epoch, the same for every way of dividing a batch."""
 
+import random
+
 import numpy as np
+import pytest
+from data.conftest import make_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bov_lightning.errors import UserError
 from data_modules.order import permuted, rows_at
-from data_modules.packed import TrainingRows
+from data_modules.packed import TrainingRows, ValidationRows
 
 
 @settings(deadline=None)
@@ -31,27 +36,92 @@ def test_positions_run_on_into_the_next_epoch(n_row, start):
     assert rows_at(positions, n_row, 3).tolist() == expected
 
 
-def global_batches(world: int, micro: int, restart_at: int | None = None) -> list[list[int]]:
-    """The rows of each batch of 24, collected over ranks that restart once."""
-    rows = np.arange(100, dtype=np.uint16)[:, None]
-    n_micro = 24 // (world * micro)
-    batches = [[] for _ in range(10)]
+@pytest.fixture(scope="module")
+def rows(synthetic, tmp_path_factory):
+    corpus = make_corpus(tmp_path_factory.mktemp("order") / "corpus", synthetic)
+    corpus.prepare(processes=1)
+    return corpus.open_rows("train", corpus.read_manifest())
+
+
+def global_batches(rows, world: int, micro: int, stops: tuple = (), n_batch: int = 12) -> list:
+    """Each batch of 8 rows, over all ranks, in order; every rank restarts after ``stops``
+    micro-batches."""
+    n_micro = 8 // (world * micro)
+    batches: list[list] = [[] for _ in range(n_batch)]
+    states: list = [None] * world
     for rank in range(world):
-        loader = TrainingRows(rows, micro, 10 * n_micro, 7, rank, world)
-        iterator = iter(loader)
-        for i in range(10 * n_micro):
-            if restart_at is not None and i == restart_at * n_micro:
-                state = loader.state_dict()
-                loader = TrainingRows(rows, micro, 10 * n_micro, 7, rank, world)
-                loader.load_state_dict(state)
-                iterator = iter(loader)
-            batches[i // n_micro] += next(iterator)[:, 0].tolist()
-    return [sorted(batch) for batch in batches]
+        at = 0
+        for stop in (*stops, n_batch * n_micro):
+            loader = TrainingRows(rows, micro, n_batch * n_micro, 7, rank, world)
+            if states[rank] is not None:
+                loader.load_state_dict(states[rank])
+            iterator = iter(loader)
+            for i in range(at, stop):
+                batches[i // n_micro].append((i % n_micro, rank, next(iterator).tolist()))
+            at, states[rank] = stop, loader.state_dict()
+    return [[row for _, _, part in sorted(batch) for row in part] for batch in batches]
 
 
-def test_any_division_of_the_batch_sees_the_same_batches():
-    expected = global_batches(1, 24)
-    assert len({tuple(batch) for batch in expected}) == 10
-    for world, micro in ((1, 4), (2, 12), (3, 2), (4, 6)):
-        assert global_batches(world, micro) == expected
-        assert global_batches(world, micro, restart_at=4) == expected
+def test_any_division_of_the_batch_sees_the_same_batches_in_the_same_order(rows):
+    expected = global_batches(rows, 1, 8)
+    assert len({str(batch) for batch in expected}) == 12
+    for world in (1, 2, 4, 8):
+        for micro in (1, 2, 4, 8):
+            if world * micro <= 8:
+                assert global_batches(rows, world, micro) == expected
+
+
+def test_interrupted_twice_anywhere_the_stream_goes_on_token_for_token(rows):
+    expected = global_batches(rows, 1, 8)
+    choose = random.Random(0)
+    for _ in range(20):
+        world, micro = choose.choice([(1, 1), (1, 4), (2, 2), (4, 1), (8, 1)])
+        n = 12 * 8 // (world * micro)
+        stops = tuple(sorted(choose.sample(range(1, n), 2)))
+        assert global_batches(rows, world, micro, stops) == expected
+
+
+def test_a_run_continues_on_another_world_size(rows):
+    expected = global_batches(rows, 1, 8)
+    loader = TrainingRows(rows, 8, 12, 7, 0, 1)
+    iterator = iter(loader)
+    for batch in expected[:5]:
+        assert next(iterator).tolist() == batch
+    state = loader.state_dict()
+    ranks = [TrainingRows(rows, 2, 24, 7, rank, 2) for rank in range(2)]
+    for rank in ranks:
+        rank.load_state_dict(state)
+    iterators = [iter(rank) for rank in ranks]
+    for batch in expected[5:]:
+        found = [next(it).tolist() for _ in range(2) for it in iterators]
+        assert [row for part in found for row in part] == batch
+
+
+def test_three_epochs_give_every_row_once_each(rows):
+    n = len(rows)
+    seen = rows_at(np.arange(3 * n), n, 7).reshape(3, n)
+    for epoch in seen:
+        assert sorted(epoch.tolist()) == list(range(n))
+    assert not (seen[0] == seen[1]).all()
+
+
+def test_another_seed_or_corpus_is_refused(rows):
+    state = TrainingRows(rows, 2, 10, 7, 0, 1).state_dict()
+    for wrong in ({"seed": 8}, {"rows": "other"}):
+        with pytest.raises(UserError, match="position means nothing"):
+            TrainingRows(rows, 2, 10, 7, 0, 1).load_state_dict(state | wrong)
+
+
+def test_validation_is_the_same_on_every_world_size(rows):
+    n_row = 27
+    expected = rows.read(np.arange(n_row)).tolist()
+    for world in (1, 2, 4, 8):
+        for micro in (1, 3, 8):
+            ranks = [ValidationRows(rows, n_row, micro, 0, rank, world) for rank in range(world)]
+            sizes = [[len(batch) for batch in rank] for rank in ranks]
+            assert all(size == sizes[0] for size in sizes)
+            assert len(ranks[0]) == len(sizes[0])
+            found = [row for rank in ranks for batch in rank for row in batch.tolist()]
+            real = [row for row in found if any(row)]
+            assert sorted(real) == sorted(expected)
+            assert len(found) - len(real) < world

@@ -5,7 +5,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bov_lightning.model.attention import _block_mask, attend, rotary_angles, rotate
+from bov_lightning.model.attention import (
+    _document_block_mask,
+    _window_block_mask,
+    attend,
+    make_masks,
+    rotary_angles,
+    rotate,
+)
+
+
+def mask_of(window, n_token):
+    return make_masks([window], torch.zeros(1, n_token, dtype=torch.int64), None)[window]
 
 
 def naive(q, k, v, window):
@@ -28,9 +39,11 @@ def test_attend_equals_its_definition(n_token, window, n_kv_head):
     generator = torch.Generator().manual_seed(n_token)
     q = torch.randn(2, 4, n_token, 8, generator=generator)
     k, v = torch.randn(2, 2, n_kv_head, n_token, 8, generator=generator).unbind()
-    assert torch.allclose(attend(q, k, v, window), naive(q, k, v, window), atol=1e-5)
+    found = attend(q, k, v, mask_of(window, n_token))
+    assert torch.allclose(found, naive(q, k, v, window), atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize(("n_token", "window"), [(64, 10), (300, 128), (256, 255)])
 def test_flex_attention_hides_what_the_mask_hides(n_token, window):
     """The CUDA path's mask, run by FlexAttention's eager CPU forward."""
@@ -39,16 +52,22 @@ def test_flex_attention_hides_what_the_mask_hides(n_token, window):
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(1, 4, n_token, 16, generator=generator)
     k, v = torch.randn(2, 1, 2, n_token, 16, generator=generator).unbind()
-    mask = _block_mask(n_token, window, torch.device("cpu"))
-    flex = flex_attention(q, k, v, block_mask=mask, enable_gqa=True, scale=1.44 / 4)
-    assert torch.allclose(flex, attend(q, k, v, window), atol=1e-5)
+    ids = torch.randint(0, 20, (1, n_token), generator=generator)
+    document = (ids == 0).cumsum(1)
+    for block_mask, start in (
+        (_window_block_mask(n_token, window, torch.device("cpu")), None),
+        (_document_block_mask(document, window), 0),
+    ):
+        flex = flex_attention(q, k, v, block_mask=block_mask, enable_gqa=True, scale=1.44 / 4)
+        mask = make_masks([window], ids, start)[window]
+        assert torch.allclose(flex, attend(q, k, v, mask), atol=1e-5)
 
 
 def test_masks_made_while_validating_serve_training():
     q = torch.randn(1, 1, 37, 8, requires_grad=True)
     with torch.inference_mode():
-        attend(torch.randn(1, 1, 37, 8), q.detach(), q.detach(), 5)
-    attend(q, q, q, 5).sum().backward()
+        attend(q.detach(), q.detach(), q.detach(), mask_of(5, 37))
+    attend(q, q, q, mask_of(5, 37)).sum().backward()
     assert q.grad is not None
 
 

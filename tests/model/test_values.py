@@ -89,6 +89,24 @@ def test_a_later_token_never_changes_an_earlier_logit(name):
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
+@torch.no_grad()
+def test_masked_documents_do_not_see_each_other(name):
+    """A packed row gives every document the logits that it gets alone; unmasked it does not."""
+    model = perturb(make_model(OVERLAYS[name], document_start=0), smear=0.9)
+    unmasked = perturb(make_model(OVERLAYS[name]), smear=0.9)
+    ids = 1 + token_ids(400, n_row=2, vocab_size=69)
+    starts = {0: (0, 3, 150, 151, 399), 1: (0, 200)}
+    for row, positions in starts.items():
+        ids[row, list(positions)] = 0
+    logits, leaking = model(ids), unmasked(ids)
+    for row, positions in starts.items():
+        for first, end in zip(positions, (*positions[1:], 400), strict=True):
+            alone = model(ids[row : row + 1, first:end])[0]
+            assert torch.allclose(logits[row, first:end], alone, atol=1e-4)
+            assert first == 0 or not torch.allclose(leaking[row, first:end], alone, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
 def test_nothing_unused_is_stored(name):
     """Every parameter receives a gradient: there is no W_V that nothing reads."""
     model = perturb(make_model(OVERLAYS[name]), smear=0.5)

@@ -1,0 +1,382 @@
+"""A tokenized corpus on disk: a tokenizer and shards of packed rows.
+
+    directory/
+        settings.json                   what decides the rows; written first
+        tokenizer/                      a transformers tokenizer
+        train-00003-of-00016.bin        rows of sequence_len + 1 token ids, uint16 or uint32
+        train-00003-of-00016.json       its rows, tokens, checksum; written after it
+        manifest.json                   all of these together; written when every shard is there
+
+A shard is packed from its own stripe of the source. So its content follows from the settings alone:
+any number of processes and machines writes the same files, and may be killed at any time.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bov_lightning.errors import UserError
+from bov_lightning.files import write_directory, write_file
+from data_modules.packing import PackingConfig, PackingCounts, pack
+from data_modules.reader import OnError, open_stripe
+from data_modules.sources import Split, TextSource
+from data_modules.tokenizer import (
+    TokenizerConfig,
+    encode_documents,
+    read_tokenizer,
+    save_tokenizer,
+    token_dtype,
+    tokenizer_hash,
+    train_tokenizer,
+)
+
+MANIFEST = "manifest.json"
+SETTINGS = "settings.json"
+SPLITS: tuple[Split, ...] = ("train", "val")
+REPORT_EVERY_ROWS = 500
+
+_progress: Any = None
+"""In a worker: (fraction, tokens) per shard, shared with the process that shows them."""
+
+
+def _share_progress(shared: Any) -> None:
+    global _progress
+    _progress = shared
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+class Corpus:
+    """Prepares the shards of a corpus, and knows what they hold."""
+
+    def __init__(
+        self,
+        directory: str | Path,
+        source: TextSource,
+        tokenizer: TokenizerConfig = TokenizerConfig(),
+        packing: PackingConfig = PackingConfig(),
+        sequence_len: int = 2048,
+        n_shard: int = 16,
+        on_error: OnError = "error",
+        splits: tuple[Split, ...] = SPLITS,
+    ):
+        """
+        Args:
+            directory: where everything lies.
+            source: the documents.
+            tokenizer: trained on the training documents, or brought along.
+            packing: how documents fill rows.
+            sequence_len: tokens per row, less the one that rows have more.
+            n_shard: shards of the training split; the validation split is one.
+            on_error: what an unreadable row does.
+            splits: which splits to pack.
+        """
+        if n_shard < 1:
+            raise UserError(f"data: n_shard is {n_shard}: at least 1")
+        self.directory, self.source, self.tokenizer = Path(directory), source, tokenizer
+        self.packing, self.sequence_len, self.n_shard = packing, sequence_len, n_shard
+        self.on_error, self.splits = on_error, splits
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        """The tokenizer, as ``transformers`` reads it."""
+        return self.directory / "tokenizer"
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides what the rows are."""
+        own = self.tokenizer
+        return {
+            "source": type(self.source).__name__,
+            "fingerprint": self.source.fingerprint(),
+            "tokenizer": {"hash": tokenizer_hash(own.path)} if own.path else asdict(own),
+            "packing": asdict(self.packing),
+            "sequence_len": self.sequence_len,
+            "n_shard": self.n_shard,
+            "on_error": self.on_error,
+            "splits": list(self.splits),
+        }
+
+    def shards(self) -> list[tuple[Split, int, int]]:
+        """(split, index, number of shards of the split) of every shard."""
+        counts = {"train": self.n_shard, "val": 1}
+        return [(split, i, counts[split]) for split in self.splits for i in range(counts[split])]
+
+    def prepare(self, processes: int | None = None, shard: tuple[int, int] = (0, 1)) -> None:
+        """Makes what is missing.
+
+        Args:
+            processes: how many pack at once; None: one per core.
+            shard: (i, n): this machine packs every n-th shard from the i-th on. The one that ends
+                last writes the manifest; number 0 trains the tokenizer.
+        """
+        self._claim()
+        self._make_tokenizer(shard[0])
+        mine = [s for i, s in enumerate(self.shards()) if i % shard[1] == shard[0]]
+        pending = [s for s in mine if not self._is_whole(*s)]
+        if pending:
+            self._pack(pending, processes or os.cpu_count() or 1)
+        if all(self._shard_file(*s, ".json").is_file() for s in self.shards()):
+            self._write_manifest()
+
+    def is_prepared(self) -> bool:
+        """Whether the directory holds just this corpus; another one is a `UserError`."""
+        if not (self.directory / MANIFEST).is_file():
+            return False
+        self._claim()
+        return True
+
+    def _claim(self) -> None:
+        """Writes settings.json, or compares it with ours."""
+        path, own = self.directory / SETTINGS, self.settings()
+        if not path.is_file():
+            if self.directory.exists() and any(self.directory.iterdir()):
+                raise UserError(
+                    f"{self.directory} exists and holds no corpus: choose another folder"
+                )
+            for split in self.splits:
+                first = next(iter(open_stripe(self.source, split, on_error=self.on_error)), None)
+                if first is None:
+                    raise UserError(f"data: the corpus is empty: no {split} document has any text")
+            write_file(path, json.dumps(own, indent=1) + "\n")
+        found = _read_json(path)
+        for name, value in own.items():
+            if found.get(name) != value:
+                raise UserError(
+                    f"{self.directory} was prepared with {name} {found.get(name)}, not {value}: "
+                    "choose another data.init_args.directory or delete it"
+                )
+
+    def _make_tokenizer(self, machine: int) -> None:
+        if self.tokenizer_directory.is_dir():
+            return
+        console = Console(stderr=True)
+        if machine and not self.tokenizer.path:
+            with console.status("waiting for the tokenizer that --shard 0/N trains"):
+                while not self.tokenizer_directory.is_dir():
+                    time.sleep(1)
+            return
+        if self.tokenizer.path:
+            tokenizer = read_tokenizer(self.tokenizer.path)
+        else:
+            with console.status("training the tokenizer"):
+                documents = open_stripe(self.source, "train", on_error=self.on_error)
+                tokenizer = train_tokenizer(documents, self.tokenizer)
+        write_directory(self.tokenizer_directory, lambda aside: save_tokenizer(tokenizer, aside))
+
+    def _shard_file(self, split: Split, index: int, n_shard: int, suffix: str) -> Path:
+        return self.directory / f"{split}-{index:05d}-of-{n_shard:05d}{suffix}"
+
+    def _is_whole(self, split: Split, index: int, n_shard: int) -> bool:
+        """Whether the shard is there with its checksum; a damaged one is packed again."""
+        description = self._shard_file(split, index, n_shard, ".json")
+        data = self._shard_file(split, index, n_shard, ".bin")
+        if not (description.is_file() and data.is_file()):
+            return False
+        return _read_json(description)["sha256"] == _sha256(data)
+
+    def _pack(self, pending: list, processes: int) -> None:
+        console = Console(stderr=True)
+        columns = (
+            TextColumn("packing"), BarColumn(bar_width=30), TextColumn("{task.percentage:.0f}%"),
+            TextColumn("{task.fields[rate]}"), TextColumn("ETA"), TimeRemainingColumn(),
+        )  # fmt: skip
+        context = multiprocessing.get_context("spawn")
+        shared = context.Array("d", 2 * len(pending), lock=False)
+        started = time.monotonic()
+
+        def show(progress: Progress, task: Any) -> None:
+            tokens = sum(shared[1::2])
+            rate = f"{tokens / (time.monotonic() - started):,.0f} tokens/s"
+            progress.update(task, completed=sum(shared[0::2]), rate=rate)
+
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("pack", total=len(pending), rate="")
+            if processes == 1:
+                for i, shard in enumerate(pending):
+                    self._pack_shard(*shard, i, shared, lambda: show(progress, task))
+                return
+            pool = ProcessPoolExecutor(
+                min(processes, len(pending)), context, _share_progress, (shared,)
+            )
+            try:
+                waiting = {pool.submit(self._pack_shard, *s, i) for i, s in enumerate(pending)}
+                while waiting:
+                    try:
+                        for future in as_completed(waiting, timeout=0.5):
+                            waiting.discard(future)
+                            future.result()
+                    except TimeoutError:
+                        pass
+                    show(progress, task)
+            except BrokenProcessPool as error:
+                raise UserError(
+                    f"data: a process that packed {self.directory} was killed (out of memory?): "
+                    "start again to continue, perhaps with fewer --processes"
+                ) from error
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _pack_shard(
+        self, split: Split, index: int, n_shard: int, slot: int, shared=None, show=None
+    ) -> None:
+        """Packs one shard; ``slot`` is its place in the shared progress."""
+        shared = _progress if shared is None else shared
+        tokenizer = read_tokenizer(self.tokenizer_directory)
+        reader = open_stripe(self.source, split, index, n_shard, self.on_error)
+        counts, digest = PackingCounts(), hashlib.sha256()
+        documents = encode_documents(tokenizer, reader)
+        rows = pack(documents, self.sequence_len + 1, self.packing, counts)
+        target = self._shard_file(split, index, n_shard, ".bin")
+
+        def write(file) -> None:
+            for row in rows:
+                data = row.tobytes()
+                digest.update(data)
+                file.write(data)
+                if counts.rows % REPORT_EVERY_ROWS == 0:
+                    shared[2 * slot : 2 * slot + 2] = [reader.fraction, counts.tokens]
+                    if show:
+                        show()
+
+        write_file(target, write)
+        shared[2 * slot : 2 * slot + 2] = [1.0, counts.tokens]
+        description = {
+            **asdict(counts),
+            **asdict(reader.counts),
+            "bytes": counts.rows * (self.sequence_len + 1) * token_dtype(tokenizer).itemsize,
+            "sha256": digest.hexdigest(),
+        }
+        text = json.dumps(description, indent=1) + "\n"
+        write_file(self._shard_file(split, index, n_shard, ".json"), text)
+
+    def _write_manifest(self) -> None:
+        tokenizer = read_tokenizer(self.tokenizer_directory)
+        shards: dict[str, list] = {split: [] for split in self.splits}
+        for split, index, n_shard in self.shards():
+            name = self._shard_file(split, index, n_shard, ".bin").name
+            description = _read_json(self._shard_file(split, index, n_shard, ".json"))
+            shards[split].append({"file": name, **description})
+        for split, parts in shards.items():
+            if not sum(part["rows"] for part in parts):
+                raise UserError(
+                    f"data: the {split} documents do not fill one row of {self.sequence_len} tokens"
+                )
+        manifest = {
+            "settings": self.settings(),
+            "dtype": token_dtype(tokenizer).name,
+            "vocab_size": tokenizer.get_vocab_size(),
+            "tokenizer_hash": tokenizer_hash(self.tokenizer_directory),
+            "shards": shards,
+        }
+        text = json.dumps(manifest, indent=1) + "\n"
+        path = self.directory / MANIFEST
+        if path.is_file() and path.read_text(encoding="utf-8") == text:
+            return
+        write_file(path, text)
+        console = Console(stderr=True)
+        for split, parts in shards.items():
+            total = {name: sum(p[name] for p in parts) for name in parts[0] if name != "file"
+                     and name != "sha256"}  # fmt: skip
+            console.print(
+                f"{self.directory}: {total['rows']:,} {split} rows of {self.sequence_len} tokens "
+                f"from {total['documents']:,} documents; "
+                f"{total['cropped'] / max(1, total['tokens']):.1%} of their tokens cropped, "
+                f"{total['empty']:,} rows without text, {total['skipped']:,} skipped",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
+
+    def read_manifest(self) -> dict[str, Any]:
+        """The manifest of a prepared corpus."""
+        manifest = _read_json(self.directory / MANIFEST)
+        if not {"settings", "dtype", "vocab_size", "tokenizer_hash", "shards"} <= set(manifest):
+            raise UserError(f"{self.directory / MANIFEST} lacks keys: delete {self.directory}")
+        if tokenizer_hash(self.tokenizer_directory) != manifest["tokenizer_hash"]:
+            raise UserError(
+                f"{self.tokenizer_directory} is not the tokenizer that {self.directory} was "
+                "prepared with: delete the directory to prepare it anew"
+            )
+        return manifest
+
+    def open_rows(self, split: Split, manifest: dict[str, Any]) -> "Rows":
+        """The packed rows of one split."""
+        return Rows(
+            self.directory,
+            manifest["shards"][split],
+            self.sequence_len + 1,
+            np.dtype(manifest["dtype"]),
+            manifest["vocab_size"],
+        )
+
+
+class Rows:
+    """All rows of a split, by global index, read from disk as they are asked for.
+
+    Rows are read by position rather than through a memory map, so that resident memory does not
+    grow with what has been read, and a shard that disappears is an error with its name.
+    """
+
+    def __init__(
+        self, directory: Path, shards: list[dict], row_len: int, dtype: np.dtype, vocab_size: int
+    ):
+        self.row_len, self.dtype, self.vocab_size = row_len, dtype, vocab_size
+        self.row_bytes = row_len * dtype.itemsize
+        self.paths = [directory / shard["file"] for shard in shards]
+        self.ends = np.cumsum([shard["rows"] for shard in shards])
+        self.fingerprint = hashlib.sha256("".join(s["sha256"] for s in shards).encode()).hexdigest()
+        for path, shard in zip(self.paths, shards, strict=True):
+            if not path.is_file() or path.stat().st_size != shard["rows"] * self.row_bytes:
+                raise UserError(f"{path} is missing or truncated: bov prepare packs it again")
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """The rows at ``indices``, (n, row_len), in the order asked for."""
+        result = np.empty((len(indices), self.row_len), dtype=self.dtype)
+        shards = np.searchsorted(self.ends, indices, side="right")
+        for shard in np.unique(shards):
+            first = self.ends[shard - 1] if shard else 0
+            places = np.flatnonzero(shards == shard)
+            try:
+                with open(self.paths[shard], "rb", buffering=0) as file:
+                    for place in places:
+                        offset = int(indices[place] - first) * self.row_bytes
+                        data = os.pread(file.fileno(), self.row_bytes, offset)
+                        result[place] = np.frombuffer(data, dtype=self.dtype)
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    f"{self.paths[shard]} cannot be read any more ({error}): bov prepare packs "
+                    "it again"
+                ) from error
+        if result.size and result.max() >= self.vocab_size:
+            names = ", ".join(str(self.paths[shard]) for shard in np.unique(shards))
+            raise UserError(
+                f"{names} holds token id {result.max()}, beyond the {self.vocab_size} of its "
+                "tokenizer: delete it, and bov prepare packs it again"
+            )
+        return result
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+        return content
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

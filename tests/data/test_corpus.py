@@ -1,0 +1,251 @@
+"""Prepared corpora: the same files from any number of processes and machines, or a clear error."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from data.conftest import make_corpus, numbered, write_parquet
+
+from bov_lightning.errors import UserError
+from data_modules.packing import PackingConfig
+from data_modules.reader import open_stripe
+from data_modules.sources import TextFiles
+from data_modules.tokenizer import TokenizerConfig, read_tokenizer, tokenizer_hash, train_tokenizer
+from data_modules.tokenizer import save_tokenizer as save
+
+CONCAT = PackingConfig(kind="concat")
+
+
+def contents(corpus) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(corpus.directory)): path.read_bytes()
+        for path in sorted(corpus.directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def all_rows(corpus, split="train") -> np.ndarray:
+    rows = corpus.open_rows(split, corpus.read_manifest())
+    return rows.read(np.arange(len(rows)))
+
+
+@pytest.fixture
+def corpus(synthetic, tmp_path):
+    corpus = make_corpus(tmp_path / "corpus", synthetic)
+    corpus.prepare(processes=1)
+    return corpus
+
+
+def test_processes_and_machines_write_the_same_files(corpus, synthetic, tmp_path):
+    expected = contents(corpus)
+    assert sum(name.endswith(".bin") for name in expected) == 5
+    for processes in (2, 4):
+        other = make_corpus(tmp_path / f"by-{processes}", synthetic)
+        other.prepare(processes=processes)
+        assert contents(other) == expected
+    machines = make_corpus(tmp_path / "machines", synthetic)
+    for i in (0, 2, 1):
+        assert not machines.is_prepared()
+        machines.prepare(processes=1, shard=(i, 3))
+    assert machines.is_prepared()
+    assert contents(machines) == expected
+
+
+def test_preparing_again_changes_nothing(corpus):
+    before = {path: path.stat().st_mtime_ns for path in corpus.directory.rglob("*")}
+    corpus.prepare(processes=1)
+    assert {path: path.stat().st_mtime_ns for path in corpus.directory.rglob("*")} == before
+
+
+def expected_pieces(corpus, split: str) -> list[str]:
+    return list(open_stripe(corpus.source, split))
+
+
+def documents_in(corpus, rows: np.ndarray) -> list[list[int]]:
+    """Rows cut at document starts."""
+    start = 0
+    pieces = []
+    for row in rows.tolist():
+        assert row[0] == start
+        cuts = [i for i, token in enumerate(row) if token == start] + [len(row)]
+        pieces += [row[a + 1 : b] for a, b in itertools.pairwise(cuts)]
+    return pieces
+
+
+def test_rows_hold_every_document_or_its_reported_cropped_part(corpus):
+    tokenizer = read_tokenizer(corpus.tokenizer_directory)
+    for split in ("train", "val"):
+        full = [tokenizer.encode(text).ids for text in expected_pieces(corpus, split)]
+        found = documents_in(corpus, all_rows(corpus, split))
+        remaining = sorted(full)
+        cropped = 0
+        for piece in sorted(found, key=len, reverse=True):
+            match = next((ids for ids in remaining if ids[: len(piece)] == piece), None)
+            assert match is not None, "a piece of no document"
+            remaining.remove(match)
+            cropped += len(match) - len(piece)
+        unused = sum(len(ids) + 1 for ids in remaining)
+        shards = corpus.read_manifest()["shards"][split]
+        assert sum(shard["cropped"] for shard in shards) == cropped + unused
+        assert sum(shard["documents"] for shard in shards) == len(full)
+        assert sum(shard["tokens"] for shard in shards) == sum(len(ids) + 1 for ids in full)
+
+
+def test_concat_crops_nothing_but_the_last_row(synthetic, tmp_path):
+    corpus = make_corpus(tmp_path / "concat", synthetic, packing=CONCAT, n_shard=1)
+    corpus.prepare(processes=1)
+    tokenizer = read_tokenizer(corpus.tokenizer_directory)
+    stream = [
+        i for text in expected_pieces(corpus, "train") for i in [0, *tokenizer.encode(text).ids]
+    ]
+    rows = all_rows(corpus)
+    # Every row starts with the last token of the one before.
+    joined = [*rows[0].tolist(), *(token for row in rows[1:] for token in row[1:].tolist())]
+    assert (rows[1:, 0] == rows[:-1, -1]).all()
+    assert joined == stream[: len(joined)]
+    (shard,) = corpus.read_manifest()["shards"]["train"]
+    assert shard["cropped"] == len(stream) - len(joined) < 16
+
+
+def test_a_killed_preparation_continues(tmp_path):
+    """kill -9 while shards are being packed, then the same call again."""
+    source = TextFiles(
+        [write_parquet(tmp_path / "train.parquet", numbered(0, 20_000), 500)],
+        [write_parquet(tmp_path / "val.parquet", numbered(10**6, 20))],
+    )
+    whole, killed = (make_corpus(tmp_path / name, source, n_shard=12) for name in ("a", "b"))
+    whole.prepare(processes=1)
+    process = multiprocessing.get_context("spawn").Process(target=killed.prepare, args=(1,))
+    process.start()
+    while len(list(killed.directory.glob("train-*.json"))) < 2 and process.is_alive():
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    done = {path: path.stat().st_mtime_ns for path in killed.directory.glob("train-*.json")}
+    assert 2 <= len(done) < 12
+    killed.prepare(processes=2)
+    assert contents(killed) == contents(whole)
+    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in done.items())
+
+
+def test_damaged_shards_are_noticed_and_packed_again(corpus):
+    expected = contents(corpus)
+    shard = corpus.directory / "train-00002-of-00004.bin"
+    manifest = corpus.read_manifest()
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(UserError, match=r"train-00002-of-00004\.bin is missing or truncated"):
+        corpus.open_rows("train", manifest)
+    corpus.prepare(processes=1)
+    assert contents(corpus) == expected
+    flipped = bytearray(shard.read_bytes())
+    flipped[5] ^= 1
+    shard.write_bytes(flipped)
+    corpus.prepare(processes=1)
+    assert contents(corpus) == expected
+
+
+def test_token_ids_beyond_the_vocabulary_name_the_shard(corpus):
+    rows = corpus.open_rows("train", corpus.read_manifest())
+    shard = corpus.directory / "train-00000-of-00004.bin"
+    data = np.fromfile(shard, dtype=np.uint16)
+    data[20] = 300
+    data.tofile(shard)
+    with pytest.raises(UserError, match=r"train-00000.*token id 300, beyond the 300"):
+        rows.read(np.arange(4))
+
+
+def test_a_shard_deleted_while_training_names_the_shard(corpus):
+    rows = corpus.open_rows("train", corpus.read_manifest())
+    rows.read(np.arange(len(rows)))
+    (corpus.directory / "train-00003-of-00004.bin").unlink()
+    rows.read(np.arange(3))
+    with pytest.raises(UserError, match="train-00003.*cannot be read any more"):
+        rows.read(np.arange(len(rows)))
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"sequence_len": 32}, "sequence_len 16, not 32"),
+        ({"packing": CONCAT}, "packing"),
+        ({"n_shard": 5}, "n_shard 4, not 5"),
+        ({"on_error": "skip"}, "on_error"),
+    ],
+)
+def test_two_settings_do_not_mix_in_one_directory(corpus, synthetic, options, word):
+    before = contents(corpus)
+    other = make_corpus(corpus.directory, synthetic, **options)
+    for call in (other.prepare, other.is_prepared):
+        with pytest.raises(UserError, match=word):
+            call()
+    assert contents(corpus) == before
+
+
+def test_another_text_or_tokenizer_is_refused(corpus, synthetic, tmp_path):
+    longer = TextFiles([*synthetic.files("train"), *synthetic.files("val")], synthetic.files("val"))
+    with pytest.raises(UserError, match="fingerprint"):
+        make_corpus(corpus.directory, longer).prepare()
+    other = train_tokenizer(["some other text " * 50], TokenizerConfig(vocab_size=265))
+    save(other, corpus.tokenizer_directory)
+    with pytest.raises(UserError, match="is not the tokenizer"):
+        corpus.read_manifest()
+
+
+def test_a_brought_tokenizer_is_used(corpus, synthetic, tmp_path):
+    own = make_corpus(tmp_path / "own", synthetic)
+    own.tokenizer = TokenizerConfig(path=str(corpus.tokenizer_directory))
+    own.prepare(processes=1)
+    assert tokenizer_hash(own.tokenizer_directory) == tokenizer_hash(corpus.tokenizer_directory)
+    assert (all_rows(own) == all_rows(corpus)).all()
+
+
+def test_unreadable_rows_are_an_error_or_counted_in_the_manifest(tmp_path):
+    lines = [json.dumps({"text": text}) for text in numbered(0, 100)]
+    lines[40] = "no json"
+    (tmp_path / "x.jsonl").write_text("\n".join([*lines, json.dumps({"text": ""})]))
+    source = TextFiles([str(tmp_path / "x.jsonl")], [write_parquet(tmp_path / "v", numbered(0, 9))])
+    source.patterns["val"] = [write_parquet(tmp_path / "v.parquet", numbered(0, 9))]
+    with pytest.raises(UserError, match=r"x\.jsonl row 41: no JSON object"):
+        make_corpus(tmp_path / "strict", source).prepare(processes=1)
+    lenient = make_corpus(tmp_path / "lenient", source, on_error="skip")
+    lenient.prepare(processes=1)
+    shards = lenient.read_manifest()["shards"]["train"]
+    assert sum(shard["skipped"] for shard in shards) == 1
+    assert sum(shard["empty"] for shard in shards) == 1
+    assert sum(shard["documents"] for shard in shards) == 99
+
+
+def test_errors_in_worker_processes_arrive(tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": "a b c"}) + "\n" + "no json\n" * 3)
+    val = write_parquet(tmp_path / "v.parquet", numbered(0, 9))
+    source = TextFiles([str(tmp_path / "x.jsonl")], [val])
+    tokenizer = train_tokenizer(numbered(0, 50), TokenizerConfig(vocab_size=270))
+    save(tokenizer, tmp_path / "tokenizer")
+    corpus = make_corpus(tmp_path / "corpus", source)
+    corpus.tokenizer = TokenizerConfig(path=str(tmp_path / "tokenizer"))
+    with pytest.raises(UserError, match="no JSON object"):
+        corpus.prepare(processes=2)
+    assert not corpus.is_prepared()
+
+
+@pytest.mark.slow
+def test_real_text_is_prepared_alike_and_validation_is_disjoint(shared, tmp_path):
+    """The 75 MB corpus by 1 and 4 processes; no validation document is one of training."""
+    folder = shared / "corpus"
+    source = TextFiles([str(folder / "train-*.parquet")], [str(folder / "val-*.parquet")])
+    corpora = []
+    for processes in (1, 4):
+        corpus = make_corpus(
+            tmp_path / str(processes), source, packing=PackingConfig(), sequence_len=2048
+        )
+        corpus.tokenizer = TokenizerConfig(vocab_size=4096, max_chars=10**7)
+        corpus.prepare(processes=processes)
+        corpora.append(corpus)
+    assert contents(corpora[0]) == contents(corpora[1])
+    train = set(open_stripe(source, "train"))
+    assert not train & set(open_stripe(source, "val"))
