@@ -14,6 +14,7 @@ from bov_lightning.cli import main
 from bov_lightning.recipe import Recipe, build, check_keys
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+DATA = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
 CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
@@ -47,6 +48,9 @@ def test_readme_commands_run(workplace, capsys):
     assert "val_bpb" in capsys.readouterr().out
     assert (workplace / "runs" / "quickstart-standard").is_dir()
 
+    for line in commands(DATA):
+        assert main(shlex.split(line)[1:]) == 0, line
+
     (snippet,) = blocks(README, "python")
     names: dict = {}
     exec(snippet, names)
@@ -66,6 +70,15 @@ def test_yaml_snippets_are_valid():
         data = yaml.safe_load(text)
         check_keys(data, "README.md")
         build(Recipe, data, "README.md")
+
+
+def test_data_snippets_name_classes_and_arguments_that_exist():
+    from bov_lightning.training import _check_class
+
+    snippets = [yaml.safe_load(text) for text in blocks(DATA, "yaml")]
+    assert len(snippets) >= 4
+    for snippet in snippets:
+        _check_class(snippet.get("data") or snippet["source"], "data", "docs/data.md")
 
 
 def test_links_to_files_exist():

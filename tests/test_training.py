@@ -95,6 +95,48 @@ def test_two_resumes_equal_none(tiny_recipe):
             assert row[name] == metrics(parts)[step][name], (step, name)
 
 
+STREAMING = (
+    "--data",
+    "{class_path: data_modules.StreamingDataModule, init_args: {directory: stream, source: SOURCE, "
+    "tokenizer: {vocab_size: 300}, packing: {buffer: 16}, n_lane: 4, n_worker: 1}}",
+)
+
+
+def test_two_resumes_of_a_stream_equal_none(tiny_recipe, tiny_settings):
+    """Prefetching in a worker process included, on another micro-batch in between."""
+    source = json.dumps(tiny_settings["data"]["init_args"]["source"])
+    options = (STREAMING[0], STREAMING[1].replace("SOURCE", source))
+    whole = fit(tiny_recipe, *options)
+    for stop in (4, 6):
+        parts = fit(tiny_recipe, *options, "--run.name", "parts")
+        for path in complete_checkpoints(parts):
+            if int(path.name.removeprefix("step-")) > stop:
+                path.rename(path.with_name(f".{path.name}.partial"))
+    fit(tiny_recipe, *options, "--run.name", "parts")
+    assert_same_end(whole, parts)
+
+
+def test_prepare_makes_what_fit_would_make(tiny_settings, workplace, capsys):
+    settings = json.loads(json.dumps(tiny_settings))
+    made = {}
+    for name in ("by_fit", "by_prepare"):
+        settings["data"]["init_args"]["directory"] = name
+        (workplace / "tiny.yaml").write_text(yaml.safe_dump(settings))
+        command = ["fit", "--model.budget.steps", "1", "--run.name", name]
+        if name == "by_prepare":
+            for part in ("0/2", "1/2"):
+                command = ["prepare", "--shard", part, "--processes", "1"]
+                assert main([*command, "--config", "tiny.yaml"]) == 0
+        else:
+            assert main([*command, "--config", "tiny.yaml"]) == 0
+        files = [path for path in Path(name).rglob("*") if path.is_file()]
+        made[name] = {path.relative_to(name): path.read_bytes() for path in files}
+    assert made["by_fit"] == made["by_prepare"]
+    capsys.readouterr()
+    assert main(["prepare", "--config", "tiny.yaml"]) == 0
+    assert "holds everything already" in capsys.readouterr().out
+
+
 def test_accumulation_may_change_between_resumes(tiny_recipe):
     """The global batches stay the same, so updates differ by the order of additions alone.
 

@@ -1,0 +1,162 @@
+"""Data: packing, preparation, the packed loader and the stream, beside the bare tokenizer.
+
+    python benchmarks/data.py [--text 'corpus/train-*.parquet'] [--repeats 5]
+
+Without --text it reads the standard library of the running Python.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from harness import median_seconds, peak_memory_mb, report
+
+from data_modules.corpus import Corpus
+from data_modules.packed import TrainingRows
+from data_modules.packing import PackingConfig, pack_best_fit
+from data_modules.reader import open_stripe
+from data_modules.sources import StandardLibrary, TextFiles
+from data_modules.streaming import StreamingRows
+from data_modules.tokenizer import TokenizerConfig, encode_documents, read_tokenizer
+
+
+def resident_mb() -> float:
+    """Resident memory of this process now, MB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def resident_after_reading(corpus: Corpus, copies: int, folder: Path) -> float:
+    """Growth of resident memory, MB, by reading every row of ``copies`` times the corpus."""
+    big = folder / f"x{copies}"
+    shutil.copytree(corpus.directory, big)
+    manifest = json.loads((big / "manifest.json").read_text())
+    originals = manifest["shards"]["train"]
+    for copy in range(1, copies):
+        for shard in originals:
+            name = f"copy{copy}-{shard['file']}"
+            shutil.copyfile(big / shard["file"], big / name)
+            manifest["shards"]["train"] = [*manifest["shards"]["train"], {**shard, "file": name}]
+    corpus = Corpus(big, corpus.source, sequence_len=corpus.sequence_len)
+    rows = corpus.open_rows("train", manifest)
+    before = resident_mb()
+    for batch in TrainingRows(rows, 16, len(rows) // 16, 0, 0, 1):
+        del batch
+    shutil.rmtree(big)
+    return resident_mb() - before
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--text", nargs="+", help="parquet files; default: the standard library")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--vocab-size", type=int, default=32768)
+    parser.add_argument("--sequence-len", type=int, default=2048)
+    options = parser.parse_args()
+
+    source = TextFiles(options.text, options.text) if options.text else StandardLibrary()
+    folder = Path(tempfile.mkdtemp())
+    cores = os.cpu_count() or 1
+    seconds, ratios = {}, {}
+    try:
+        first = Corpus(
+            folder / "first", source, TokenizerConfig(options.vocab_size, max_chars=5 * 10**7),
+            sequence_len=options.sequence_len, n_shard=16,
+        )  # fmt: skip
+        first.prepare()
+        tokenizer = read_tokenizer(first.tokenizer_directory)
+        own_tokenizer = TokenizerConfig(path=str(first.tokenizer_directory))
+        texts = list(open_stripe(source, "train"))
+
+        def tokenize() -> int:
+            encoded = (
+                tokenizer.encode_batch(texts[i : i + 512], add_special_tokens=False)
+                for i in range(0, len(texts), 512)
+            )
+            return sum(len(encoding.ids) for batch in encoded for encoding in batch)
+
+        n_token = tokenize()
+        seconds["tokenizer"] = median_seconds(tokenize, options.repeats)
+
+        documents = list(encode_documents(tokenizer, texts))
+        seconds["packing"] = median_seconds(
+            lambda: sum(1 for _ in pack_best_fit(documents, options.sequence_len + 1)),
+            options.repeats,
+        )
+        ratios["packing_tokens_per_s"] = n_token / seconds["packing"]
+
+        def prepare() -> None:
+            corpus = Corpus(
+                folder / "again", source, own_tokenizer, sequence_len=options.sequence_len,
+                n_shard=16, splits=("train",),
+            )  # fmt: skip
+            corpus.prepare(processes=cores)
+            shutil.rmtree(folder / "again")
+
+        seconds["prepare"] = median_seconds(prepare, options.repeats)
+        ratios["prepare_vs_tokenizer"] = seconds["tokenizer"] / seconds["prepare"]
+
+        rows = first.open_rows("train", first.read_manifest())
+        n_batch = min(2000, len(rows))
+
+        def load() -> None:
+            for batch in TrainingRows(rows, 16, n_batch, 0, 0, 1):
+                del batch
+
+        seconds["loader"] = median_seconds(load, options.repeats)
+        ratios["loader_tokens_per_s"] = n_batch * 16 * options.sequence_len / seconds["loader"]
+
+        stream = Corpus(
+            folder / "stream", source, own_tokenizer, PackingConfig("concat", 64),
+            options.sequence_len, splits=(),
+        )  # fmt: skip
+        stream.prepare()
+        # The whole text once, after a warm-up that lets the worker processes start.
+        n_step, n_warm = n_token // (64 * options.sequence_len), 3
+
+        def read_stream() -> float:
+            iterator = iter(StreamingRows(stream, 64, 1, n_step, 16, cores, 0, 1))
+            for _ in range(n_warm):
+                next(iterator)
+            started = time.perf_counter()
+            for _ in range(n_step - n_warm):
+                next(iterator)
+            passed = time.perf_counter() - started
+            iterator.close()
+            return passed
+
+        streamed = float(np.median([read_stream() for _ in range(options.repeats)]))
+        seconds["streaming"] = streamed
+        per_s = (n_step - n_warm) * 64 * options.sequence_len / streamed
+        ratios["streaming_vs_tokenizer"] = per_s / (n_token / seconds["tokenizer"])
+
+        memory = {
+            "resident_growth_mb_x1": resident_after_reading(first, 1, folder),
+            "resident_growth_mb_x10": resident_after_reading(first, 10, folder),
+            "peak_mb": peak_memory_mb(resource.RUSAGE_SELF),
+            "peak_mb_of_a_worker": peak_memory_mb(resource.RUSAGE_CHILDREN),
+        }
+        report(
+            "data",
+            {"text": options.text or "standard library", "tokens": n_token, **vars(options)},
+            seconds,
+            ratios,
+            memory={name: round(value, 1) for name, value in memory.items()},
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

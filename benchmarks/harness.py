@@ -1,0 +1,52 @@
+"""What all benchmarks share: timing, the machine, and the JSON object that is printed last."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from bov_lightning.run import git_commit
+
+
+def median_seconds(action: Callable[[], object], repeats: int) -> float:
+    """Median wall-clock seconds of ``action`` over ``repeats`` runs."""
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def machine() -> str:
+    """Processor, cores, Python."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].partition(": ")[2] if names else model
+    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
+def peak_memory_mb(who: int) -> float:
+    """Largest resident memory so far, MB, of ``resource.RUSAGE_SELF`` or ``RUSAGE_CHILDREN``."""
+    import resource
+
+    return resource.getrusage(who).ru_maxrss / 1024
+
+
+def report(benchmark: str, settings: dict, seconds: dict, ratios: dict, **more: object) -> None:
+    """Prints the result as the last line."""
+    result = {
+        "benchmark": benchmark,
+        "machine": machine(),
+        "commit": git_commit(),
+        "settings": settings,
+        "seconds": {name: round(value, 4) for name, value in seconds.items()},
+        "ratios": {name: round(value, 4) for name, value in ratios.items()},
+        **more,
+    }
+    print(json.dumps(result))
