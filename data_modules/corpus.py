@@ -19,12 +19,14 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
 
 from bov_lightning.errors import UserError
 from bov_lightning.files import write_directory, write_file
@@ -231,7 +233,8 @@ class Corpus:
     ) -> None:
         """Packs one shard; ``slot`` is its place in the shared progress."""
         shared = _progress if shared is None else shared
-        tokenizer = read_tokenizer(self.tokenizer_directory)
+        changed = (self.tokenizer_directory / "tokenizer.json").stat().st_mtime_ns
+        tokenizer = _packing_tokenizer(self.tokenizer_directory, changed)
         reader = open_stripe(self.source, split, index, n_shard, self.on_error)
         counts, digest = PackingCounts(), hashlib.sha256()
         documents = encode_documents(tokenizer, reader)
@@ -365,6 +368,12 @@ class Rows:
                 "tokenizer: delete it, and bov prepare packs it again"
             )
         return result
+
+
+@lru_cache(maxsize=1)
+def _packing_tokenizer(directory: Path, changed: int) -> Tokenizer:
+    """Kept from shard to shard: loading takes time, and so does filling its cache of words."""
+    return read_tokenizer(directory)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
