@@ -62,6 +62,7 @@ def _read_recipe(paths: list[str], options: list[str], base: dict | None = None)
     if overlays and not (settings.get("run") or {}).get("name"):
         name = recipe.default_run_name(overlays)
         settings = recipe.merge(settings, {"run": {"name": name}})
+    settings = recipe.fill_vocab_size(settings)
     return recipe.build(recipe.Recipe, settings, origin), settings, origin
 
 
@@ -214,7 +215,7 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, or 2 for the user's mistakes."""
+    """Runs a command; returns the exit code: 0, 2 for the user's mistakes, 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -236,12 +237,14 @@ def main(arguments: list[str] | None = None) -> int:
         COMMANDS[arguments[0]](arguments[1:])
     except UserError as error:
         return _fail(str(error))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         return _fail(f"{error.filename or 'a file'} cannot be written: {error.strerror}")
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

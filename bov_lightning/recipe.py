@@ -267,6 +267,25 @@ def check_keys(data: dict, origin: str, cls: type = Recipe, path: str = "") -> N
             raise UserError(f"{origin}: {here} is {value!r}, but must be a section with keys")
 
 
+def fill_vocab_size(settings: dict) -> dict:
+    """``settings`` with model.config.vocab_size taken from the data's tokenizer, if it is null.
+
+    A tokenizer that is still to be trained counts with the size that it is asked for.
+    """
+    config = (settings.get("model") or {}).get("config") or {}
+    data = settings.get("data")
+    if config.get("vocab_size") is not None or not isinstance(data, dict):
+        return settings
+    tokenizer = (data.get("init_args") or {}).get("tokenizer") or {}
+    if tokenizer.get("path"):
+        from data_modules.tokenizer import read_tokenizer
+
+        vocab_size = read_tokenizer(tokenizer["path"]).get_vocab_size()
+    else:
+        vocab_size = tokenizer.get("vocab_size")
+    return merge(settings, {"model": {"config": {"vocab_size": vocab_size}}})
+
+
 def build(cls: type, data: dict, origin: str, path: str = "") -> Any:
     """A config dataclass from plain data whose keys are known; types are checked.
 

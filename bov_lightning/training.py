@@ -313,7 +313,7 @@ def fit(recipe: Recipe, settings: dict, origin: str) -> None:
     resume_from = None
     if trainer.is_global_zero and run.exists() and recipe.resume == "never":
         console.print(f"moved the old run to {move_aside(run)}", highlight=False)
-    if found := complete_checkpoints(run):
+    if recipe.resume == "auto" and (found := complete_checkpoints(run)):
         _check_same_run(run, resolved)
         resume_from = found[-1]
         step = read_marker(resume_from)["step"]
@@ -324,10 +324,11 @@ def fit(recipe: Recipe, settings: dict, origin: str) -> None:
     seed_everything(recipe.seed, workers=True, verbose=False)
     try:
         trainer.fit(module, datamodule=cli.datamodule, ckpt_path=resume_from)
-    except KeyboardInterrupt:
-        raise UserError(f"interrupted: start the same command again to continue {run}") from None
-    if trainer.interrupted:
-        raise SystemExit(130)
+    except SystemExit:
+        # What Lightning makes of Ctrl-C.
+        if trainer.interrupted and trainer.is_global_zero:
+            console.print(f"interrupted: the same command continues {run}", highlight=False)
+        raise KeyboardInterrupt from None
     if reporter.validated_step != trainer.global_step:
         trainer.validate(module, datamodule=cli.datamodule, verbose=False)
         for logger in loggers:

@@ -100,6 +100,18 @@ def test_unknown_keys_name_the_nearest(wrong, meant):
         check_keys(value, "x.yaml")
 
 
+def test_vocabulary_is_filled_from_the_tokenizer(tmp_path):
+    from data_modules.tokenizer import TokenizerConfig, save_tokenizer, train_tokenizer
+
+    null = ["--model.config.vocab_size", "null"]
+    recipe, _, _ = _read_recipe(["quickstart"], null)
+    assert recipe.model.config.vocab_size == 4096
+    save_tokenizer(train_tokenizer(["some text"] * 9, TokenizerConfig(vocab_size=260)), tmp_path)
+    brought = ["--data.init_args.tokenizer.path", str(tmp_path)]
+    recipe, _, _ = _read_recipe(["quickstart"], [*null, *brought])
+    assert recipe.model.config.vocab_size == 260
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("overlay", [None, *OVERLAYS], ids=lambda path: path and path.stem)
 def test_every_recipe_builds_with_every_overlay(path, overlay):

@@ -256,22 +256,44 @@ def test_recomputed_activations_change_nothing(tiny_recipe):
 
 
 @pytest.mark.slow
-def test_killed_run_continues_from_its_checkpoint(tiny_recipe):
-    """kill -9 in the middle, then the same command."""
+def test_a_run_killed_twice_ends_like_one_that_was_not(tiny_recipe):
+    """kill -9 after a checkpoint, the same command again, once more, and a last time to the end."""
     longer = ["--model.budget.steps", "200", "--checkpoint.every_steps", "20"]
     whole = fit(tiny_recipe, *longer, "--run.name", "whole")
     command = [sys.executable, "-m", "bov_lightning.cli", "fit", "--config", str(tiny_recipe)]
     command += [*longer, "--run.name", "killed"]
     killed = Path("runs/killed")
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        while not complete_checkpoints(killed) and process.poll() is None:
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-    finally:
-        process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert 0 < int(complete_checkpoints(killed)[-1].name.removeprefix("step-")) < 200
+
+    def newest() -> int:
+        found = complete_checkpoints(killed)
+        return int(found[-1].name.removeprefix("step-")) if found else 0
+
+    for _ in range(2):
+        before = newest()
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        try:
+            while newest() == before and process.poll() is None:
+                time.sleep(0.01)
+            os.kill(process.pid, signal.SIGKILL)
+        finally:
+            _, err = process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert before < newest() < 200
+        assert not before or f"resuming runs/killed from step {before} " in err
     again = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "resuming runs/killed from step" in again.stderr
     assert_same_end(whole, killed)
+
+
+def test_interrupting_says_how_to_continue(tiny_recipe):
+    """Ctrl-C in the middle of training."""
+    command = [sys.executable, "-m", "bov_lightning.cli", "fit", "--config", str(tiny_recipe)]
+    command += ["--model.budget.steps", "5000", "--checkpoint.every_steps", "20"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while not complete_checkpoints(Path("runs/tiny")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "interrupted: the same command continues runs/tiny" in err
