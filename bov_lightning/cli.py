@@ -244,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        return _fail(f"{error.filename or 'a file'} cannot be written: {error.strerror}")
+        return _fail(f"{error.filename or 'the file system'}: {error.strerror}")
     return 0
 
 

@@ -145,6 +145,8 @@ def encode_documents(
 ) -> Iterator[np.ndarray]:
     """Token ids of each document, <|bos|> first; uint16 where the vocabulary allows."""
     dtype, start = token_dtype(tokenizer), bos_id(tokenizer)
+    # A document that spells out a special token means its characters.
+    tokenizer.encode_special_tokens = True
     documents = iter(documents)
     while batch := list(islice(documents, batch_size)):
         for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):

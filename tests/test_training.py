@@ -47,6 +47,16 @@ def assert_same_end(first: Path, second: Path) -> None:
     assert state["lr_schedulers"] == other_state["lr_schedulers"]
 
 
+def assert_close_to(expected: Path, found: Path) -> None:
+    """Weights differ by far less than they were trained; other batches would show."""
+    model, _ = bov_lightning.load(expected)
+    start = bov_lightning.Transformer(model.config, seed=0).state_dict()
+    weights = final_state(found)[0]
+    for name, tensor in final_state(expected)[0].items():
+        update, error = tensor - start[name], weights[name] - tensor
+        assert error.norm() < 0.2 * update.norm() + 1e-6, name
+
+
 def metrics(run: Path) -> dict[int, dict[str, str]]:
     with open(run / "metrics.csv", newline="") as file:
         return {int(row["step"]): row for row in csv.DictReader(file)}
@@ -149,12 +159,30 @@ def test_accumulation_may_change_between_resumes(tiny_recipe):
     for path in complete_checkpoints(parts)[2:]:
         path.rename(path.with_name(f".{path.name}.partial"))
     fit(tiny_recipe, "--run.name", "parts", "--batch.micro", "8", *slowly)
-    model, _ = bov_lightning.load(whole)
-    start = bov_lightning.Transformer(model.config, seed=0).state_dict()
-    expected, found = final_state(whole)[0], final_state(parts)[0]
-    for name, tensor in expected.items():
-        update, error = tensor - start[name], found[name] - tensor
-        assert error.norm() < 0.2 * update.norm(), name
+    assert_close_to(whole, parts)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("streaming", [False, True])
+def test_two_processes_equal_one_and_continue_as_one(tiny_recipe, tiny_settings, streaming):
+    """Real ranks over gloo; then the two-process run goes on from step 4 in one process."""
+    options = ["--model.optimizer.matrix_lr", "1e-4", "--model.optimizer.embedding_lr", "1e-4"]
+    if streaming:
+        source = json.dumps(tiny_settings["data"]["init_args"]["source"])
+        options += [STREAMING[0], STREAMING[1].replace("SOURCE", source)]
+    one = fit(tiny_recipe, *options, "--run.name", "one")
+    command = [sys.executable, "-m", "bov_lightning.cli", "fit", "--config", str(tiny_recipe)]
+    command += [*options, "--run.name", "two", "--trainer.devices", "2"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    two = Path("runs/two")
+    assert f"val_bpb {float(metrics(two)[8]['val_bpb']):.4f}" in result.stdout
+    assert_close_to(one, two)
+    for path in complete_checkpoints(two)[2:]:
+        path.rename(path.with_name(f".{path.name}.partial"))
+    fit(tiny_recipe, *options, "--run.name", "two")
+    assert_close_to(one, two)
+    found, expected = (float(metrics(run)[8]["val_bpb"]) for run in (two, one))
+    assert found == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_finished_run_is_not_trained_further(tiny_recipe, capsys):

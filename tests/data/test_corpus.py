@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import signal
 import time
+from bisect import bisect_left
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -15,7 +17,13 @@ from bov_lightning.errors import UserError
 from data_modules.packing import PackingConfig
 from data_modules.reader import open_stripe
 from data_modules.sources import TextFiles
-from data_modules.tokenizer import TokenizerConfig, read_tokenizer, tokenizer_hash, train_tokenizer
+from data_modules.tokenizer import (
+    TokenizerConfig,
+    encode_documents,
+    read_tokenizer,
+    tokenizer_hash,
+    train_tokenizer,
+)
 from data_modules.tokenizer import save_tokenizer as save
 
 CONCAT = PackingConfig(kind="concat")
@@ -62,47 +70,51 @@ def test_preparing_again_changes_nothing(corpus):
     assert {path: path.stat().st_mtime_ns for path in corpus.directory.rglob("*")} == before
 
 
-def expected_pieces(corpus, split: str) -> list[str]:
-    return list(open_stripe(corpus.source, split))
+def check_rows_against_documents(corpus, split: str) -> None:
+    """Every piece of a row is a whole document or the beginning of one, each used once, and what
+    is missing is what the manifest reports."""
+    tokenizer = read_tokenizer(corpus.tokenizer_directory)
 
+    def sortable(ids: np.ndarray) -> bytes:
+        return ids.astype(">u2").tobytes()
 
-def documents_in(corpus, rows: np.ndarray) -> list[list[int]]:
-    """Rows cut at document starts."""
-    start = 0
-    pieces = []
-    for row in rows.tolist():
-        assert row[0] == start
-        cuts = [i for i, token in enumerate(row) if token == start] + [len(row)]
-        pieces += [row[a + 1 : b] for a, b in itertools.pairwise(cuts)]
-    return pieces
+    documents = encode_documents(tokenizer, open_stripe(corpus.source, split))
+    full = sorted(sortable(ids) for ids in documents)
+    unused = Counter(full)
+    rows, cropped_pieces = all_rows(corpus, split), []
+    for row in rows:
+        starts = np.flatnonzero(row == 0)
+        assert starts[0] == 0
+        for a, b in itertools.pairwise([*starts, len(row)]):
+            piece = sortable(row[a:b])
+            if unused[piece]:
+                unused[piece] -= 1
+            else:
+                cropped_pieces.append(piece)
+    for piece in sorted(cropped_pieces, key=len, reverse=True):
+        i = bisect_left(full, piece)
+        while not unused[full[i]]:
+            i += 1
+        assert full[i].startswith(piece), "a piece of no document"
+        unused[full[i]] -= 1
+    shards = corpus.read_manifest()["shards"][split]
+    n_token = sum(map(len, full)) // 2
+    assert sum(shard["documents"] for shard in shards) == len(full)
+    assert sum(shard["tokens"] for shard in shards) == n_token
+    assert sum(shard["cropped"] for shard in shards) == n_token - rows.size
 
 
 def test_rows_hold_every_document_or_its_reported_cropped_part(corpus):
-    tokenizer = read_tokenizer(corpus.tokenizer_directory)
     for split in ("train", "val"):
-        full = [tokenizer.encode(text).ids for text in expected_pieces(corpus, split)]
-        found = documents_in(corpus, all_rows(corpus, split))
-        remaining = sorted(full)
-        cropped = 0
-        for piece in sorted(found, key=len, reverse=True):
-            match = next((ids for ids in remaining if ids[: len(piece)] == piece), None)
-            assert match is not None, "a piece of no document"
-            remaining.remove(match)
-            cropped += len(match) - len(piece)
-        unused = sum(len(ids) + 1 for ids in remaining)
-        shards = corpus.read_manifest()["shards"][split]
-        assert sum(shard["cropped"] for shard in shards) == cropped + unused
-        assert sum(shard["documents"] for shard in shards) == len(full)
-        assert sum(shard["tokens"] for shard in shards) == sum(len(ids) + 1 for ids in full)
+        check_rows_against_documents(corpus, split)
 
 
 def test_concat_crops_nothing_but_the_last_row(synthetic, tmp_path):
     corpus = make_corpus(tmp_path / "concat", synthetic, packing=CONCAT, n_shard=1)
     corpus.prepare(processes=1)
     tokenizer = read_tokenizer(corpus.tokenizer_directory)
-    stream = [
-        i for text in expected_pieces(corpus, "train") for i in [0, *tokenizer.encode(text).ids]
-    ]
+    texts = open_stripe(corpus.source, "train")
+    stream = [i for text in texts for i in [0, *tokenizer.encode(text).ids]]
     rows = all_rows(corpus)
     # Every row starts with the last token of the one before.
     joined = [*rows[0].tolist(), *(token for row in rows[1:] for token in row[1:].tolist())]
@@ -235,17 +247,20 @@ def test_errors_in_worker_processes_arrive(tmp_path):
 
 @pytest.mark.slow
 def test_real_text_is_prepared_alike_and_validation_is_disjoint(shared, tmp_path):
-    """The 75 MB corpus by 1 and 4 processes; no validation document is one of training."""
+    """The 75 MB corpus by 1, 2 and 4 processes."""
     folder = shared / "corpus"
     source = TextFiles([str(folder / "train-*.parquet")], [str(folder / "val-*.parquet")])
     corpora = []
-    for processes in (1, 4):
+    for processes in (1, 2, 4):
         corpus = make_corpus(
             tmp_path / str(processes), source, packing=PackingConfig(), sequence_len=2048
         )
         corpus.tokenizer = TokenizerConfig(vocab_size=4096, max_chars=10**7)
         corpus.prepare(processes=processes)
         corpora.append(corpus)
-    assert contents(corpora[0]) == contents(corpora[1])
+    for other in corpora[1:]:
+        assert contents(other) == contents(corpora[0])
+    for split in ("train", "val"):
+        check_rows_against_documents(corpora[0], split)
     train = set(open_stripe(source, "train"))
     assert not train & set(open_stripe(source, "val"))

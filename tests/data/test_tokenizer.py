@@ -49,6 +49,12 @@ def test_special_tokens_count_no_bytes(tokenizer):
     assert token_bytes(tokenizer)[1:].min() >= 1
 
 
+def test_a_document_that_spells_out_a_special_token_is_text(tokenizer):
+    (ids,) = encode_documents(tokenizer, ["a <|bos|> b"])
+    assert (ids[1:] != 0).all()
+    assert tokenizer.decode(ids[1:].tolist()) == "a <|bos|> b"
+
+
 def test_numbers_split_into_pairs_of_digits(tokenizer):
     pieces = [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str("x1234567")]
     assert pieces == ["x", "12", "34", "56", "7"]
