@@ -144,8 +144,7 @@ def main() -> None:
         memory = {
             "resident_growth_mb_x1": resident_after_reading(first, 1, folder),
             "resident_growth_mb_x10": resident_after_reading(first, 10, folder),
-            "peak_mb": peak_memory_mb(resource.RUSAGE_SELF),
-            "peak_mb_of_a_worker": peak_memory_mb(resource.RUSAGE_CHILDREN),
+            "peak_mb": peak_memory_mb(),
         }
         report(
             "data",

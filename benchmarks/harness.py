@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -31,11 +32,9 @@ def machine() -> str:
     return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
 
-def peak_memory_mb(who: int) -> float:
-    """Largest resident memory so far, MB, of ``resource.RUSAGE_SELF`` or ``RUSAGE_CHILDREN``."""
-    import resource
-
-    return resource.getrusage(who).ru_maxrss / 1024
+def peak_memory_mb() -> float:
+    """Largest resident memory of this process so far, MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def report(benchmark: str, settings: dict, seconds: dict, ratios: dict, **more: object) -> None:

@@ -1,5 +1,7 @@
 """Recipes: how files merge, which keys exist, what every recipe builds."""
 
+import copy
+
 import pytest
 import yaml
 from conftest import REPOSITORY
@@ -143,6 +145,8 @@ def test_recipes_are_whole_in_one_file(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shrunken_copy_of_every_recipe_trains_two_steps(path, tiny_settings, workplace):
     """The recipe itself, but for the sizes and the data."""
+    data = copy.deepcopy(tiny_settings["data"])
+    data["init_args"]["directory"] = "packed"
     small = {
         "model": {
             "config": {"n_layer": 3, "n_head": 2, "n_kv_head": 2, "d_model": 32,
@@ -151,7 +155,7 @@ def test_shrunken_copy_of_every_recipe_trains_two_steps(path, tiny_settings, wor
         },
         "batch": {"tokens": 256, "micro": 4},
         "compile": False,
-        "data": tiny_settings["data"],
+        "data": data,
         "trainer": {"accelerator": "cpu"},
     }  # fmt: skip
     (workplace / "small.yaml").write_text(yaml.safe_dump(small))

@@ -1,5 +1,6 @@
 """The built wheel brings the recipes along and works away from the checkout."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -37,11 +38,13 @@ def test_installed_wheel_trains_a_packaged_recipe(tmp_path, tiny_settings):
     assert Path(where.strip()).is_relative_to(site)
     bov = ["-m", "bov_lightning.cli"]
     assert "quickstart" in run(*bov, "recipes").split()
+    data = copy.deepcopy(tiny_settings["data"])
+    data["init_args"]["directory"] = "packed"
     small = {
         "model": {"config": {"n_layer": 3, "d_model": 32, "vocab_size": 300, "sequence_len": 32},
                   "budget": {"steps": 2}},
         "batch": {"tokens": 256, "micro": 4},
-        "data": tiny_settings["data"],
+        "data": data,
     }  # fmt: skip
     (work / "small.yaml").write_text(yaml.safe_dump(small))
     out = run(

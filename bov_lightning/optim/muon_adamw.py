@@ -28,9 +28,13 @@ POLAR_EXPRESS = (
 """Coefficients (a, b, c) of the five iterations, for a safety factor of 1.01."""
 
 
+ITERATION_DTYPE = torch.bfloat16
+"""Of the five iterations, and of what is sent for them."""
+
+
 def polar_express(stack: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices of a stack (n, rows, cols), in bf16."""
-    x = stack.bfloat16()
+    """The nearest semi-orthogonal matrices of a stack (n, rows, cols), in ITERATION_DTYPE."""
+    x = stack.to(ITERATION_DTYPE)
     x = x / (1.01 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
     tall = x.shape[-2] > x.shape[-1]
     for a, b, c in POLAR_EXPRESS:
@@ -156,7 +160,7 @@ class MuonAdamW(torch.optim.Optimizer):
         shape = torch.Size((len(stack), *like.shape))
         stride = (like.shape[0] * like.shape[1], like.shape[1], 1)
         by_rows = DTensor.from_local(
-            stack.bfloat16(), like.device_mesh, [Shard(1)], run_check=False, shape=shape,
+            stack.to(ITERATION_DTYPE), like.device_mesh, [Shard(1)], run_check=False, shape=shape,
             stride=stride,
         )  # fmt: skip
         by_matrix = by_rows.redistribute(placements=[Shard(0)]).to_local()

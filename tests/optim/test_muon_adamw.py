@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bov_lightning.optim import muon_adamw
 from bov_lightning.optim.muon_adamw import POLAR_EXPRESS, MuonAdamW
 
 
@@ -13,13 +14,18 @@ def muon_group(parameters, **settings):
     return group | {"weight_decay": 0.1} | settings
 
 
+@pytest.fixture(autouse=True)
+def _exact_iteration(monkeypatch):
+    """fp32 instead of bf16, whose rounding would hide mistakes; parity tests cover bf16."""
+    monkeypatch.setattr(muon_adamw, "ITERATION_DTYPE", torch.float32)
+
+
 def reference_step(p, g, m, s, lr, mu, beta2, wd):
     """One step for one matrix, as the paper's notes write it; changes p, m and s."""
     rows, cols = p.shape
     m += (1 - mu) * (g - m)
     u = g + mu * (m - g)
-    x = u.bfloat16()
-    x = x / (1.01 * x.norm() + 1e-6)
+    x = u / (1.01 * u.norm() + 1e-6)
     for a, b, c in POLAR_EXPRESS:
         if rows > cols:
             gram = x.T @ x
@@ -27,7 +33,6 @@ def reference_step(p, g, m, s, lr, mu, beta2, wd):
         else:
             gram = x @ x.T
             x = a * x + (b * gram + c * (gram @ gram)) @ x
-    x = x.float()
     dim, n = (1, cols) if rows >= cols else (0, rows)
     v = x.square().mean(dim, keepdim=True)
     w = (n * v.sum()).sqrt()
@@ -60,11 +65,10 @@ def test_muon_follows_the_rule(rows, cols, n):
             reference_step(expected[i], p.grad, momenta[i], moments[i], 0.02, 0.95, 0.9, 1.0)
         optimizer.step()
     for i, p in enumerate(parameters):
-        # The bf16 iteration rounds differently in a stack; all else is fp32.
         update = expected[i] - start[i]
-        assert (p - expected[i]).norm() < 0.05 * update.norm()
+        assert (p - expected[i]).norm() < 1e-3 * update.norm()
         assert torch.allclose(optimizer.state[p]["momentum"], momenta[i], atol=1e-6)
-        assert torch.allclose(optimizer.state[p]["second_moment"], moments[i], rtol=0.05)
+        assert torch.allclose(optimizer.state[p]["second_moment"], moments[i], rtol=1e-3)
 
 
 def test_adamw_equals_torchs():
