@@ -223,6 +223,7 @@ def imported_by(*arguments: str) -> set[str]:
     return set(result.stderr.splitlines()[-1].split())
 
 
+@pytest.mark.slow
 def test_commands_import_only_what_they_need():
     heavy = {"torch", "lightning", "transformers", "datasets", "jsonargparse", "numpy", "yaml"}
     assert not imported_by("--help") & heavy

@@ -82,6 +82,7 @@ def test_run_directory_tells_everything(tiny_recipe, capsys):
     assert f"val_bpb {float(rows[8]['val_bpb']):.4f}" in out
 
 
+@pytest.mark.slow
 def test_resolved_recipe_trains_the_same_model_again(tiny_recipe):
     run = fit(tiny_recipe)
     again = fit(run / "config.yaml", "--run.name", "again")
@@ -112,6 +113,7 @@ STREAMING = (
 )
 
 
+@pytest.mark.slow
 def test_two_resumes_of_a_stream_equal_none(tiny_recipe, tiny_settings):
     """Prefetching in a worker process included, on another micro-batch in between."""
     source = json.dumps(tiny_settings["data"]["init_args"]["source"])
@@ -147,6 +149,7 @@ def test_prepare_makes_what_fit_would_make(tiny_settings, workplace, capsys):
     assert "holds everything already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_accumulation_may_change_between_resumes(tiny_recipe):
     """The global batches stay the same, so updates differ by the order of additions alone.
 
@@ -270,6 +273,7 @@ def test_generate_repeats_itself_and_greedy_follows_the_likeliest(tiny_recipe, c
     assert texts[2].rstrip("\n") == tokenizer.decode(ids[1:]).rstrip("\n")
 
 
+@pytest.mark.slow
 def test_value_sources_of_every_kind_train(tiny_recipe):
     for source in ("context", "first_layer", "initial_embedding"):
         run = fit(tiny_recipe, "--model.config.value.source", source, "--run.name", source)
@@ -277,6 +281,7 @@ def test_value_sources_of_every_kind_train(tiny_recipe):
         assert model.config.value.source == source
 
 
+@pytest.mark.slow
 def test_recomputed_activations_change_nothing(tiny_recipe):
     plain = fit(tiny_recipe)
     recomputed = fit(tiny_recipe, "--activation_checkpointing", "true", "--run.name", "recomputed")
@@ -313,6 +318,7 @@ def test_a_run_killed_twice_ends_like_one_that_was_not(tiny_recipe):
     assert_same_end(whole, killed)
 
 
+@pytest.mark.slow
 def test_interrupting_says_how_to_continue(tiny_recipe):
     """Ctrl-C in the middle of training."""
     command = [sys.executable, "-m", "bov_lightning.cli", "fit", "--config", str(tiny_recipe)]

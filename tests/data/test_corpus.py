@@ -124,6 +124,7 @@ def test_concat_crops_nothing_but_the_last_row(synthetic, tmp_path):
     assert shard["cropped"] == len(stream) - len(joined) < 16
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_continues(tmp_path):
     """kill -9 while shards are being packed, then the same call again."""
     source = TextFiles(

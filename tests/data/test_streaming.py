@@ -141,7 +141,7 @@ class BreaksAfter(TextSource):
         return "broken"
 
 
-@pytest.mark.parametrize("n_worker", [0, 1])
+@pytest.mark.parametrize("n_worker", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_lasting_read_errors_stop_training_with_the_files_name(corpus, n_worker):
     broken = make_corpus(corpus.directory, BreaksAfter(), packing=corpus.packing)
     rows = StreamingRows(broken, 1, 1, 500, 1, n_worker, 0, 1)
