@@ -94,12 +94,12 @@ class Corpus:
         """The tokenizer, as ``transformers`` reads it."""
         return self.directory / "tokenizer"
 
-    def settings(self) -> dict[str, Any]:
-        """Everything that decides what the rows are."""
+    def settings(self, fingerprint: str | None = None) -> dict[str, Any]:
+        """Everything that decides what the rows are; the source's fingerprint is taken if given."""
         own = self.tokenizer
         return {
             "source": type(self.source).__name__,
-            "fingerprint": self.source.fingerprint(),
+            "fingerprint": fingerprint or self.source.fingerprint(),
             "tokenizer": {"hash": tokenizer_hash(own.path)} if own.path else asdict(own),
             "packing": asdict(self.packing),
             "sequence_len": self.sequence_len,
@@ -131,10 +131,22 @@ class Corpus:
             self._write_manifest()
 
     def is_prepared(self) -> bool:
-        """Whether the directory holds just this corpus; another one is a `UserError`."""
+        """Whether the directory holds just this corpus; another one is a `UserError`.
+
+        The text itself need not be there any more: compute nodes may see neither disk nor network
+        that it came from.
+        """
         if not (self.directory / MANIFEST).is_file():
             return False
-        self._claim()
+        try:
+            fingerprint = self.source.fingerprint()
+        except (UserError, OSError) as error:
+            fingerprint = _read_json(self.directory / SETTINGS).get("fingerprint")
+            Console(stderr=True).print(
+                f"using {self.directory} as it is, since its text cannot be compared: {error}",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
+        self._compare(self.settings(fingerprint))
         return True
 
     def _claim(self) -> None:
@@ -150,7 +162,11 @@ class Corpus:
                 if first is None:
                     raise UserError(f"data: the corpus is empty: no {split} document has any text")
             write_file(path, json.dumps(own, indent=1) + "\n")
-        found = _read_json(path)
+        self._compare(own)
+
+    def _compare(self, own: dict[str, Any]) -> None:
+        """Refuses to mix two settings in one directory."""
+        found = _read_json(self.directory / SETTINGS)
         for name, value in own.items():
             if found.get(name) != value:
                 raise UserError(

@@ -209,6 +209,20 @@ def test_another_text_or_tokenizer_is_refused(corpus, synthetic, tmp_path):
         corpus.read_manifest()
 
 
+def test_prepared_rows_serve_without_their_text(tmp_path, capsys):
+    paths = [write_parquet(tmp_path / f"{n}.parquet", numbered(i, 60)) for i, n in enumerate("ab")]
+    corpus = make_corpus(tmp_path / "corpus", TextFiles(paths[:1], paths[1:]))
+    corpus.prepare(processes=1)
+    rows = all_rows(corpus)
+    (tmp_path / "a.parquet").unlink()
+    capsys.readouterr()
+    assert corpus.is_prepared()
+    assert "as it is" in capsys.readouterr().err
+    assert (all_rows(corpus) == rows).all()
+    with pytest.raises(UserError, match="sequence_len"):
+        make_corpus(corpus.directory, corpus.source, sequence_len=8).is_prepared()
+
+
 def test_a_brought_tokenizer_is_used(corpus, synthetic, tmp_path):
     own = make_corpus(tmp_path / "own", synthetic)
     own.tokenizer = TokenizerConfig(path=str(corpus.tokenizer_directory))
