@@ -47,6 +47,8 @@ MANIFEST = "manifest.json"
 SETTINGS = "settings.json"
 SPLITS: tuple[Split, ...] = ("train", "val")
 REPORT_EVERY_ROWS = 500
+LINES_EVERY_S = 30.0
+"""Seconds between two lines of progress where the output is no terminal."""
 
 _progress: Any = None
 """In a worker: (fraction, tokens) per shard, shared with the process that shows them."""
@@ -210,14 +212,21 @@ class Corpus:
         )  # fmt: skip
         context = multiprocessing.get_context("spawn")
         shared = context.Array("d", 2 * len(pending), lock=False)
-        started = time.monotonic()
+        started = said = time.monotonic()
 
         def show(progress: Progress, task: Any) -> None:
-            tokens = sum(shared[1::2])
-            rate = f"{tokens / (time.monotonic() - started):,.0f} tokens/s"
-            progress.update(task, completed=sum(shared[0::2]), rate=rate)
+            nonlocal said
+            now, done = time.monotonic(), sum(shared[0::2])
+            rate = f"{sum(shared[1::2]) / (now - started):,.0f} tokens/s"
+            progress.update(task, completed=done, rate=rate)
+            if not console.is_terminal and now - said > LINES_EVERY_S:
+                said = now
+                left = (len(pending) / done - 1) * (now - started) / 60 if done else float("nan")
+                line = f"packing {done:.1f} of {len(pending)} shards  {rate}  ETA {left:.1f} min"
+                console.print(line, highlight=False)
 
-        with Progress(*columns, console=console, transient=True) as progress:
+        on_screen = console.is_terminal
+        with Progress(*columns, console=console, transient=True, disable=not on_screen) as progress:
             task = progress.add_task("pack", total=len(pending), rate="")
             if processes == 1:
                 for i, shard in enumerate(pending):

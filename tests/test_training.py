@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -323,11 +324,18 @@ def test_interrupting_says_how_to_continue(tiny_recipe):
     """Ctrl-C in the middle of training."""
     command = [sys.executable, "-m", "bov_lightning.cli", "fit", "--config", str(tiny_recipe)]
     command += ["--model.budget.steps", "5000", "--checkpoint.every_steps", "20"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # Where the tests run in the background, their children ignore Ctrl-C from the start.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     while not complete_checkpoints(Path("runs/tiny")) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate()
     assert process.returncode == 130
     assert "Traceback" not in err
     assert "interrupted: the same command continues runs/tiny" in err
