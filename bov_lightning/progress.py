@@ -15,7 +15,28 @@ from rich.text import Text
 from bov_lightning.budget import flops_per_token, peak_flops
 
 
-class MetricsCSV(Logger):
+class RunLogger(Logger):
+    """A logger of one run directory, which needs neither a name nor a version of its own."""
+
+    @property
+    def name(self) -> str:
+        """None: the run directory is the name."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """None."""
+        return ""
+
+    def log_hyperparams(self, *args, **kwargs) -> None:
+        """Nothing: config.yaml holds them."""
+
+    def resume_at(self, step: int) -> None:
+        """Prepares for a run that goes on after ``step``."""
+        raise NotImplementedError
+
+
+class MetricsCSV(RunLogger):
     """Appends metrics to metrics.csv, one row per step; a resumed run replaces what it repeats."""
 
     def __init__(self, directory: Path):
@@ -23,19 +44,6 @@ class MetricsCSV(Logger):
         self.path = directory / "metrics.csv"
         self.rows: dict[int, dict[str, Any]] = {}
         self._written: list[str] = []
-
-    @property
-    def name(self) -> str:
-        """No name of its own: the run directory is the name."""
-        return ""
-
-    @property
-    def version(self) -> str:
-        """No version."""
-        return ""
-
-    def log_hyperparams(self, *args, **kwargs) -> None:
-        """config.yaml holds them."""
 
     def resume_at(self, step: int) -> None:
         """Takes over the rows of an earlier part of the run, up to ``step``."""
@@ -66,7 +74,7 @@ class MetricsCSV(Logger):
         self._written = columns
 
 
-class TensorBoardEvents(Logger):
+class TensorBoardEvents(RunLogger):
     """TensorBoard events in the run directory, which appear with the first metric."""
 
     def __init__(self, directory: Path):
@@ -74,19 +82,6 @@ class TensorBoardEvents(Logger):
         self.directory = directory
         self.purge_step: int | None = None
         self._writer = None
-
-    @property
-    def name(self) -> str:
-        """No name of its own."""
-        return ""
-
-    @property
-    def version(self) -> str:
-        """No version."""
-        return ""
-
-    def log_hyperparams(self, *args, **kwargs) -> None:
-        """config.yaml holds them."""
 
     def resume_at(self, step: int) -> None:
         """Hides what an earlier part of the run wrote after ``step``."""

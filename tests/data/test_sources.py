@@ -183,6 +183,23 @@ def test_transient_errors_of_a_server_are_retried_and_lose_nothing(server):
     assert FlakyServer.requests >= 3
 
 
+def test_reading_from_a_server_resumes_at_any_document(server, files):
+    """As `bov prepare` and streams do after a restart, while two of three requests fail."""
+    lines = [json.dumps({"text": f"document {i}"}) for i in range(60)]
+    (files / "many.jsonl").write_text("\n".join(lines))
+    source = TextFiles([f"{server}/many.jsonl"], [])
+    expected = documents(TextFiles([str(files / "many.jsonl")], []), index=1, n_stripe=2)
+    state, found = None, []
+    for n in (7, 16, 7):
+        reader = StripeReader(source, "train", 1, 2)
+        if state is not None:
+            reader.state = state
+        iterator = iter(reader)
+        found += [next(iterator) for _ in range(n)]
+        state = json.loads(json.dumps(reader.state))
+    assert found == expected
+
+
 def test_lasting_errors_of_a_server_name_the_file(server, monkeypatch):
     monkeypatch.setattr(FlakyServer, "do_GET", lambda self: self.send_error(503))
     with pytest.raises(UserError, match=r"b\.jsonl\.gz cannot be read"):
