@@ -36,6 +36,10 @@ def test_positions_run_on_into_the_next_epoch(n_row, start):
     assert rows_at(positions, n_row, 3).tolist() == expected
 
 
+N_BATCH = 36
+"""Batches of 8 rows: more than two epochs of the corpus below."""
+
+
 @pytest.fixture(scope="module")
 def rows(synthetic, tmp_path_factory):
     corpus = make_corpus(tmp_path_factory.mktemp("order") / "corpus", synthetic)
@@ -43,7 +47,7 @@ def rows(synthetic, tmp_path_factory):
     return corpus.open_rows("train", corpus.read_manifest())
 
 
-def global_batches(rows, world: int, micro: int, stops: tuple = (), n_batch: int = 12) -> list:
+def global_batches(rows, world: int, micro: int, stops: tuple = (), n_batch: int = N_BATCH) -> list:
     """Each batch of 8 rows, over all ranks, in order; every rank restarts after ``stops``
     micro-batches."""
     n_micro = 8 // (world * micro)
@@ -64,7 +68,7 @@ def global_batches(rows, world: int, micro: int, stops: tuple = (), n_batch: int
 
 def test_any_division_of_the_batch_sees_the_same_batches_in_the_same_order(rows):
     expected = global_batches(rows, 1, 8)
-    assert len({str(batch) for batch in expected}) == 12
+    assert len({str(batch) for batch in expected}) == N_BATCH
     for world in (1, 2, 4, 8):
         for micro in (1, 2, 4, 8):
             if world * micro <= 8:
@@ -76,19 +80,23 @@ def test_interrupted_twice_anywhere_the_stream_goes_on_token_for_token(rows):
     choose = random.Random(0)
     for _ in range(20):
         world, micro = choose.choice([(1, 1), (1, 4), (2, 2), (4, 1), (8, 1)])
-        n = 12 * 8 // (world * micro)
+        n = N_BATCH * 8 // (world * micro)
         stops = tuple(sorted(choose.sample(range(1, n), 2)))
         assert global_batches(rows, world, micro, stops) == expected
+    epoch = len(rows)
+    assert 2 * epoch < N_BATCH * 8
+    for stops in ((epoch, 2 * epoch), (epoch - 1, epoch + 1)):
+        assert global_batches(rows, 1, 1, stops) == expected
 
 
 def test_a_run_continues_on_another_world_size(rows):
     expected = global_batches(rows, 1, 8)
-    loader = TrainingRows(rows, 8, 12, 7, 0, 1)
+    loader = TrainingRows(rows, 8, N_BATCH, 7, 0, 1)
     iterator = iter(loader)
     for batch in expected[:5]:
         assert next(iterator).tolist() == batch
     state = loader.state_dict()
-    ranks = [TrainingRows(rows, 2, 24, 7, rank, 2) for rank in range(2)]
+    ranks = [TrainingRows(rows, 2, 2 * N_BATCH, 7, rank, 2) for rank in range(2)]
     for rank in ranks:
         rank.load_state_dict(state)
     iterators = [iter(rank) for rank in ranks]
