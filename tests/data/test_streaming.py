@@ -10,7 +10,7 @@ from data.conftest import make_corpus
 from bov_lightning.errors import UserError
 from data_modules.packing import PackingConfig
 from data_modules.reader import open_stripe
-from data_modules.sources import TextSource, Unit
+from data_modules.sources import StandardLibrary, TextSource, Unit
 from data_modules.streaming import StreamingRows
 from data_modules.tokenizer import read_tokenizer
 
@@ -74,7 +74,8 @@ def test_every_number_of_ranks_sees_the_same_global_batches(corpus, expected):
             assert global_batches(corpus, [(world, micro, N_STEP)]) == expected
 
 
-def test_interrupted_twice_on_other_world_sizes_the_stream_goes_on(corpus, expected):
+def check_interruptions(corpus, expected: list) -> None:
+    """20 times two interruptions at random steps, each part on a random world size."""
     choose = random.Random(1)
     for _ in range(20):
         first, second = sorted(choose.sample(range(1, N_STEP), 2))
@@ -82,6 +83,21 @@ def test_interrupted_twice_on_other_world_sizes_the_stream_goes_on(corpus, expec
         worlds = [choose.choice([(1, 4), (2, 8), (4, 1), (8, 2)]) for _ in steps]
         parts = [(*world, n) for world, n in zip(worlds, steps, strict=True)]
         assert global_batches(corpus, parts) == expected
+
+
+def test_interrupted_twice_on_other_world_sizes_the_stream_goes_on(corpus, expected):
+    check_interruptions(corpus, expected)
+
+
+@pytest.mark.slow
+def test_interrupted_twice_a_stream_of_real_text_goes_on(tmp_path):
+    corpus = make_corpus(
+        tmp_path / "corpus", StandardLibrary(), sequence_len=128, n_shard=1, splits=("val",)
+    )
+    corpus.prepare(processes=1)
+    expected = global_batches(corpus, [(1, 16, N_STEP)])
+    check_interruptions(corpus, expected)
+    assert global_batches(corpus, [(1, 4, 5), (2, 8, 4), (1, 16, 5)], n_worker=2) == expected
 
 
 @pytest.mark.slow
