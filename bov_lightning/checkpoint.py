@@ -3,14 +3,18 @@
 checkpoints/step-00000100/
     config.yaml          the resolved recipe (an import's: the model section alone)
     tokenizer/           a transformers tokenizer, where there is one
-    model.safetensors    the weights
-    training.pt          optimizer, schedule, loops, data position (absent in an import)
-    checkpoint.json      step and version; written last, so its presence means complete
+    weights/             safetensors, one file per rank that wrote; any number of ranks reads them
+    optimizer/           the same for optimizer state and random states (absent in an import)
+    training.pt          schedule, loops, data position (absent in an import)
+    checkpoint.json      step, version, and size and checksum of every other file; written last, so
+                         its presence means complete
 """
 
 import json
 import re
 import shutil
+import warnings
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +29,8 @@ if TYPE_CHECKING:
     from bov_lightning.model.transformer import Transformer
 
 MARKER = "checkpoint.json"
-WEIGHTS = "model.safetensors"
+WEIGHTS = "weights"
+OPTIMIZER = "optimizer"
 TRAINING = "training.pt"
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer"
@@ -36,19 +41,84 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def problem(directory: Path) -> str | None:
+    """Why the directory is no complete checkpoint, by names and sizes alone; None if it is one."""
+    try:
+        files = read_marker(directory)["files"]
+        for name, facts in files.items():
+            path = directory / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != facts["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {facts['bytes']}"
+    except UserError as error:
+        missing = not (directory / MARKER).exists()
+        return f"{MARKER} is missing: it was not written to its end" if missing else str(error)
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        return f"{MARKER} cannot be used: {error!r}"
+    return None
+
+
 def is_complete(directory: Path) -> bool:
     """Whether the directory is a checkpoint that was written to its end."""
-    return (directory / MARKER).is_file()
+    return (directory / MARKER).is_file() and problem(directory) is None
+
+
+def step_directories(run: Path) -> list[Path]:
+    """What looks like a checkpoint of a run directory, complete or not, oldest first."""
+    found = [
+        path
+        for path in (run / "checkpoints").glob("step-*")
+        if re.fullmatch(r"step-\d{8,}", path.name)
+    ]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a run's checkpoint."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
     """All complete checkpoints of a run directory, oldest first."""
-    found = [
-        path
-        for path in (run / "checkpoints").glob("step-*")
-        if re.fullmatch(r"step-\d{8,}", path.name) and is_complete(path)
-    ]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return [path for path in step_directories(run) if is_complete(path)]
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file: finds damage, not malice."""
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def damaged_file(directory: Path, share: int = 0, of: int = 1) -> str | None:
+    """The first file that is not what the marker says, among every ``of``-th; None if all are.
+
+    Reads the files to their end.
+    """
+    for name, facts in sorted(read_marker(directory)["files"].items())[share::of]:
+        try:
+            if checksum(directory / name) != facts["crc32"]:
+                return f"{name} is damaged: its checksum differs"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+    return None
+
+
+def file_facts(directory: Path, names: list[str]) -> dict[str, dict[str, int]]:
+    """Size and checksum of files, as the marker lists them."""
+    return {
+        name: {"bytes": (directory / name).stat().st_size, "crc32": checksum(directory / name)}
+        for name in names
+    }
+
+
+def write_marker(directory: Path, step: int, files: dict[str, dict[str, int]]) -> None:
+    """Declares a checkpoint complete."""
+    marker = {"step": step, "bov_lightning": __version__, "files": dict(sorted(files.items()))}
+    (directory / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -58,6 +128,8 @@ def find_checkpoint(path: str | Path) -> Path:
         return path
     if not path.is_dir():
         raise UserError(f"{path} does not exist: give a run directory or a checkpoint")
+    if (path / MARKER).exists():
+        raise UserError(f"{path} is not usable: {problem(path)}")
     if found := complete_checkpoints(path):
         return found[-1]
     raise UserError(f"{path} is no checkpoint, nor a run directory that holds a complete one")
@@ -86,21 +158,60 @@ def read_config(checkpoint: Path) -> "TransformerConfig":
     return build(TransformerConfig, config, str(path), "model.config")
 
 
-def read_weights(checkpoint: Path) -> dict[str, "torch.Tensor"]:
-    """The weights by their name in `Transformer`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def stored_tensors(directory: Path) -> dict[str, "torch.Tensor"]:
+    """Shapes and dtypes of the tensors in a directory of safetensors, on the meta device."""
+    import torch
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
 
+    # Whatever a stranger's file provokes is reported as a file that cannot be read.
     try:
-        return load_file(checkpoint / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{checkpoint / WEIGHTS} cannot be read: {error}") from error
+        stored = HuggingFaceStorageReader(str(directory)).read_metadata().state_dict_metadata
+        return {
+            name: torch.empty(facts.size, dtype=facts.properties.dtype, device="meta")
+            for name, facts in stored.items()
+        }
+    except Exception as error:
+        raise UserError(f"{directory} cannot be read: {error}") from error
+
+
+def read_tensors(directory: Path, into: dict[str, "torch.Tensor"], **options) -> None:
+    """Fills tensors, sharded ones too, from a directory of safetensors that has all of them.
+
+    ``options`` go to ``torch.distributed.checkpoint.load``. What cannot be read is a `UserError`.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.HuggingFaceStorageReader(str(directory))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(into, storage_reader=reader, **options)
+    except (Exception, dcp.CheckpointException) as error:
+        failures = getattr(error, "failures", {})
+        cause = next(iter(failures.values()))[0] if failures else error
+        raise UserError(f"{directory} cannot be read: {cause}") from error
+
+
+def read_whole(directory: Path) -> dict[str, "torch.Tensor"]:
+    """All tensors of a directory of safetensors, put together, on the CPU."""
+    import torch
+
+    stored = stored_tensors(directory)
+    try:
+        tensors = {name: torch.empty_like(t, device="cpu") for name, t in stored.items()}
+    except RuntimeError as error:
+        raise UserError(f"{directory} cannot be read: {error}") from error
+    read_tensors(directory, tensors, no_dist=True)
+    return tensors
+
+
+def read_weights(checkpoint: Path) -> dict[str, "torch.Tensor"]:
+    """The whole weights by their name in `Transformer`."""
+    return read_whole(checkpoint / WEIGHTS)
 
 
 def read_training_state(checkpoint: Path) -> dict[str, Any]:
     """Everything but the weights that resuming needs."""
-    import pickle
-
     import torch
 
     path = checkpoint / TRAINING
@@ -108,8 +219,9 @@ def read_training_state(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{checkpoint} holds weights only, which a run cannot be resumed from")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        # Whatever a damaged or a stranger's file provokes.
+        raise UserError(f"{path} cannot be read: {str(error).partition(chr(10))[0]}") from error
 
 
 def load_weights(model: "Transformer", weights: dict[str, "torch.Tensor"], origin: Path) -> None:
@@ -134,35 +246,34 @@ def write_checkpoint(
     step: int,
     weights: dict[str, "torch.Tensor"],
     config_yaml: str,
-    training_state: dict[str, Any] | None = None,
     tokenizer: Path | None = None,
 ) -> None:
-    """Writes a checkpoint directory, complete or absent.
+    """Writes a checkpoint directory of whole weights alone, complete or absent.
 
     Args:
         target: the directory.
         step: optimizer steps behind it.
         weights: by their name in `Transformer`.
         config_yaml: the resolved recipe.
-        training_state: what resuming needs beside the weights; plain containers and tensors.
         tokenizer: a directory to copy.
     """
-    import torch
     from safetensors.torch import save_file
 
     def write(aside: Path) -> None:
         (aside / CONFIG).write_text(config_yaml, encoding="utf-8")
         if tokenizer is not None:
             shutil.copytree(tokenizer, aside / TOKENIZER)
-        save_file(
-            {name: t.detach().cpu().contiguous() for name, t in weights.items()}, aside / WEIGHTS
-        )
-        if training_state is not None:
-            torch.save(training_state, aside / TRAINING)
-        marker = {"step": step, "bov_lightning": __version__}
-        (aside / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
+        (aside / WEIGHTS).mkdir()
+        whole = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
+        save_file(whole, aside / WEIGHTS / "model.safetensors")
+        write_marker(aside, step, file_facts(aside, list_files(aside)))
 
     write_directory(target, write)
+
+
+def list_files(directory: Path) -> list[str]:
+    """All files below a directory, by relative path."""
+    return [str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()]
 
 
 def load(

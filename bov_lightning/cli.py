@@ -215,7 +215,10 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 2 for the user's mistakes, 130 for Ctrl-C."""
+    """Runs a command; returns the exit code.
+
+    0; 2 for the user's mistakes; 75 and 143 for a run that a signal stopped; 130 for Ctrl-C.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -226,6 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"bov-lightning {__version__}")
         return 0
     from bov_lightning.errors import UserError
+    from bov_lightning.preemption import Preempted
 
     try:
         if arguments[0] not in COMMANDS:
@@ -237,6 +241,8 @@ def main(arguments: list[str] | None = None) -> int:
         COMMANDS[arguments[0]](arguments[1:])
     except UserError as error:
         return _fail(str(error))
+    except Preempted as preempted:
+        return preempted.code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -255,6 +261,10 @@ def _fail(message: str) -> int:
 
 def entry_point() -> None:
     """The console script."""
+    if sys.argv[1:2] == ["fit"]:
+        from bov_lightning.preemption import install
+
+        install()
     sys.exit(main())
 
 

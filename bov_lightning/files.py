@@ -21,31 +21,57 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def aside_of(target: Path) -> Path:
+    """Where ``target`` is written before it is put in place."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def put_in_place(target: Path) -> None:
+    """Makes what lies aside durable and renames it to ``target``, replacing what was there."""
+    aside = aside_of(target)
+    for path in (*sorted(aside.rglob("*")), aside):
+        _fsync(path)
+    if target.is_dir():
+        # Renamed first: a half-deleted directory must not pass for a whole one.
+        old = target.with_name(f".{target.name}.old")
+        remove(old)
+        target.rename(old)
+        aside.replace(target)
+        remove(old)
+    else:
+        aside.replace(target)
+    _fsync(target.parent)
+
+
+def file_error(error: BaseException, target: Path) -> UserError | None:
+    """The `UserError` for a failed write; None where the file system is not to blame.
+
+    A full disk comes under whatever name: libraries report it as errors of their own kinds.
+    """
+    if isinstance(error, UserError):
+        return error
+    full = isinstance(error, Exception) and _is_full(target)
+    if not (isinstance(error, OSError) or full):
+        return None
+    reason = getattr(error, "strerror", None) or "No space left on device"
+    return UserError(f"{target} cannot be written: {reason}")
+
+
 @contextmanager
 def _complete_or_absent(target: Path) -> Iterator[Path]:
-    """A place beside ``target`` to write to, moved there at the end; nothing is left on errors.
-
-    A file system error, and a full disk under whatever name, is a `UserError`.
-    """
-    aside = target.with_name(f".{target.name}.partial")
-    _remove(aside)
+    """A place beside ``target`` to write to, moved there at the end; nothing is left on errors."""
+    aside = aside_of(target)
+    remove(aside)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield aside
-        for path in (*sorted(aside.rglob("*")), aside):
-            _fsync(path)
+        put_in_place(target)
     except BaseException as error:
-        # Libraries report a full disk as errors of their own kinds.
-        full = isinstance(error, Exception) and _is_full(target)
-        _remove(aside)
-        if isinstance(error, UserError) or not (isinstance(error, OSError) or full):
+        reported = file_error(error, target)
+        remove(aside)
+        if reported is None or reported is error:
             raise
-        reason = getattr(error, "strerror", None) or "No space left on device"
-        raise UserError(f"{target} cannot be written: {reason}") from error
-    if target.is_dir():
-        shutil.rmtree(target)
-    aside.replace(target)
-    _fsync(target.parent)
+        raise reported from error
 
 
 def _is_full(path: Path) -> bool:
@@ -53,7 +79,8 @@ def _is_full(path: Path) -> bool:
     return shutil.disk_usage(folder).free < FULL
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Deletes a file or a directory; nothing there is no error."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,9 +1,11 @@
 """The LightningModule: loss, bits per byte, optimizer and schedule."""
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -14,6 +16,7 @@ from bov_lightning.model.transformer import Transformer
 from bov_lightning.optim.groups import OptimizerConfig, build_groups
 from bov_lightning.optim.muon_adamw import MuonAdamW
 from bov_lightning.optim.schedule import TrainingSchedule
+from bov_lightning.strategy import ShardedStrategy
 from evaluation.bits_per_byte import BitsPerByte
 
 
@@ -76,12 +79,17 @@ class BoVModule(pl.LightningModule):
         """Builds the network, once."""
         if self.model is not None:
             return
-        self.model = Transformer(self.config, self.seed)
+        strategy = None if self._trainer is None else self.trainer.strategy
+        sharded = isinstance(strategy, ShardedStrategy)
+        with torch.device("meta") if sharded else nullcontext():
+            self.model = Transformer(self.config, self.seed)
         for block in self.model.blocks:
             if self.recompute_blocks:
                 block.forward = partial(recompute, block.forward, use_reentrant=False)
             if self.compile_blocks:
                 block.compile()
+        if sharded:
+            strategy.build(self.model, self.seed)
 
     def training_step(self, rows: Tensor, batch_index: int) -> Tensor:
         """Mean loss in nats per token of rows (micro, T+1)."""

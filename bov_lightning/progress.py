@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeR
 from rich.text import Text
 
 from bov_lightning.budget import flops_per_token, peak_flops
+from bov_lightning.control import control_of
 
 
 class RunLogger(Logger):
@@ -112,13 +113,9 @@ class _Numbers(ProgressColumn):
 class Reporter(Callback):
     """Measures loss, bits per byte, tokens per second and MFU; shows them and logs them."""
 
-    def __init__(self, every_steps: int = 10, lines_every_s: float = 30.0):
-        """
-        Args:
-            every_steps: optimizer steps between two measurements.
-            lines_every_s: seconds between two lines where the output is no terminal.
-        """
-        self.every_steps, self.lines_every_s = every_steps, lines_every_s
+    def __init__(self, lines_every_s: float = 30.0):
+        """``lines_every_s``: seconds between two lines where the output is no terminal."""
+        self.lines_every_s = lines_every_s
         self.console = Console(stderr=True)
         self.progress: Progress | None = None
         self.latest: dict[str, float] = {}
@@ -127,6 +124,7 @@ class Reporter(Callback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Starts the clock, and the bar on rank 0."""
         self.measured_step = self.first_step = trainer.global_step
+        self.every_steps = trainer.log_every_n_steps
         self.measured_at = self.started_at = self.line_at = time.monotonic()
         self.flops_per_token = flops_per_token(module.config)
         self.peak_flops = peak_flops(module.device) * trainer.world_size
@@ -145,25 +143,26 @@ class Reporter(Callback):
             self.progress.start()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
-        """Measures at every ``every_steps``-th step boundary and at the end."""
+        """Measures every trainer.log_every_n_steps steps and at the end."""
         step = trainer.global_step
         due = step % self.every_steps == 0 or step == trainer.max_steps
         if not due or step == self.measured_step:
             return
-        loss = trainer.strategy.reduce(module.train_loss, reduce_op="mean")
+        control, optimizer = control_of(trainer), trainer.optimizers[0]
         now = time.monotonic()
         seconds, n_step = now - self.measured_at, step - self.measured_step
         tokens_per_s = n_step * module.batch_tokens / seconds
         self.measured_step, self.measured_at = step, now
         self.latest |= {
-            "train_loss": float(loss),
+            "train_loss": control.loss,
+            "grad_norm": optimizer.gradient_norm,
+            "skipped_steps": control.n_skipped,
+            "loss_spikes": control.n_spike,
             "lr_factor": trainer.optimizers[0].param_groups[0]["lr"]
             / trainer.lr_scheduler_configs[0].scheduler.base_lrs[0],
             "tokens_per_s": tokens_per_s,
             "mfu": tokens_per_s * self.flops_per_token / self.peak_flops,
         }
-        if not math.isfinite(self.latest["train_loss"]):
-            self.console.print(f"warning: the loss at step {step} is {self.latest['train_loss']}")
         shown = {k: v for k, v in self.latest.items() if k != "val_bpb" and not math.isnan(v)}
         self._log(trainer, {**shown, "tokens": step * module.batch_tokens}, step)
         self._show(trainer, step, now)

@@ -82,6 +82,8 @@ class CheckpointConfig:
     """How many of the newest to keep."""
     keep_every: int | None = None
     """Also keep every checkpoint whose step is a multiple of this."""
+    asynchronous: bool = True
+    """Whether training goes on while a checkpoint is written."""
 
     def __post_init__(self):
         for name in ("every_steps", "keep_last", "keep_every"):
@@ -105,6 +107,23 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What a run does when something goes wrong while nobody looks."""
+
+    max_skipped_steps: int = 10
+    """A step whose gradients hold NaN or infinity is skipped; so many in a row end the run."""
+    spike_deviations: float = 8.0
+    """A loss so many standard deviations above its recent mean is reported and counted."""
+    late_after_s: float = 300.0
+    """Seconds without progress after which the ranks that are late are named."""
+
+    def __post_init__(self):
+        for name in ("max_skipped_steps", "spike_deviations", "late_after_s"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"guard.{name} is {getattr(self, name)}: more than 0")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole experiment."""
 
@@ -120,6 +139,8 @@ class Recipe:
     """Checkpoints."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """Bits per byte on held-out text."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """What happens when something goes wrong."""
     compile: bool = False
     """Whether to compile each block with torch.compile (needs a C++ compiler on CPU)."""
     activation_checkpointing: bool = False

@@ -17,12 +17,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
 
-from bov_lightning import __version__
+from bov_lightning import __version__, preemption, saving
 from bov_lightning import checkpoint as checkpoints
-from bov_lightning.recipe import CheckpointConfig
+from bov_lightning.control import control_of
+from bov_lightning.errors import UserError
+from bov_lightning.files import remove
+from bov_lightning.progress import RunLogger
+from bov_lightning.recipe import CheckpointConfig, ValidationConfig
 
 PACKAGES = ("torch", "lightning", "tokenizers", "numpy")
 
@@ -77,68 +81,146 @@ class RunFiles(Callback):
         (self.directory / "run.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
-class DirectoryCheckpointIO(CheckpointIO):
-    """Lightning's checkpoints as the directories of `bov_lightning.checkpoint`."""
-
-    def __init__(self, run: Path, config_yaml: str):
-        self.run, self.config_yaml = run, config_yaml
-
-    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
-        """Writes weights and everything else apart, complete or absent."""
-        rest = dict(checkpoint)
-        weights = {
-            name.removeprefix("model."): tensor for name, tensor in rest.pop("state_dict").items()
-        }
-        tokenizer = self.run / checkpoints.TOKENIZER
-        checkpoints.write_checkpoint(
-            Path(path),
-            checkpoint["global_step"],
-            weights,
-            self.config_yaml,
-            training_state=rest,
-            tokenizer=tokenizer if tokenizer.is_dir() else None,
-        )
-
-    def load_checkpoint(self, path, map_location=None, weights_only=None) -> dict[str, Any]:
-        """Puts them together again; runs no code from the files."""
-        weights = checkpoints.read_weights(Path(path))
-        state = checkpoints.read_training_state(Path(path))
-        state["state_dict"] = {f"model.{name}": tensor for name, tensor in weights.items()}
-        return state
-
-    def remove_checkpoint(self, path) -> None:
-        """Deletes the directory."""
-        shutil.rmtree(path, ignore_errors=True)
-
-
 class Checkpointer(Callback):
-    """Writes step-numbered checkpoints at step boundaries and at the end, and prunes old ones."""
+    """Resumes a run, writes step-numbered checkpoints, and stops at a step boundary when told to.
 
-    def __init__(self, run: Path, config: CheckpointConfig):
-        self.run, self.config = run, config
-        self.saved_step = 0
+    A checkpoint holds the state at a step boundary. Where a validation follows the boundary, that
+    state is kept until the next one, so that a signal during validation loses nothing either.
+    """
+
+    failures_allowed = 2
+    """Saves in a row that may fail before training stops: disks fill up, and are cleaned up."""
+
+    def __init__(
+        self, run: Path, config: CheckpointConfig, validation: ValidationConfig, resume: bool
+    ):
+        """
+        Args:
+            run: the run directory.
+            config: when to save and what to keep.
+            validation: when validations follow.
+            resume: whether to continue from the newest complete checkpoint.
+        """
+        self.run, self.config, self.validation, self.resume = run, config, validation, resume
+        self.config_yaml = ""
+        self.writer: saving.CheckpointWriter | None = None
+        self.saved_step = self.step = 0
+        self.n_failed = 0
+        self.console = Console(stderr=True)
+        self._kept: tuple[int, dict, dict] | None = None
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Restores model and optimizer, and hands the rest to Lightning."""
+        ranks = saving.Ranks(trainer.strategy.new_group())
+        self.writer = saving.CheckpointWriter(self.run, self.config_yaml, ranks)
+        if not self.resume:
+            return
+        checkpoint, rest, messages = saving.restore(
+            self.run, module.model, trainer.optimizers[0], ranks, module.device
+        )
+        if trainer.is_global_zero:
+            for message in messages:
+                self.console.print(message, highlight=False, soft_wrap=True)
+        if checkpoint is not None:
+            self.saved_step = self.step = rest["global_step"]
+            for logger in trainer.loggers:
+                if isinstance(logger, RunLogger):
+                    logger.resume_at(self.step)
+            # Lightning restores its loops, schedules and callbacks from this right after the hook.
+            trainer._checkpoint_connector._loaded_checkpoint = rest
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """A resumed run need not save what it was resumed from."""
-        self.saved_step = trainer.global_step
+        """Stops if a signal came before the first step; validates what was to be validated."""
+        self._stop_if_told(trainer, module, trainer.strategy.agree_on_signal())
+        step = trainer.global_step
+        missing = step > 0 and step % self.validation.every_steps == 0
+        missing = missing and "val_bpb" not in trainer.loggers[0].rows.get(step, {})
+        if trainer.strategy.broadcast(missing):
+            validate_now(trainer)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
-        """Saves when a due step has just been taken."""
+        """Saves when a due step has just been taken, or when told to stop."""
         step = trainer.global_step
-        due = step % self.config.every_steps == 0 or step == trainer.max_steps
-        if due and step != self.saved_step:
-            self.saved_step = step
-            target = self.run / "checkpoints" / checkpoints.step_name(step)
-            trainer.save_checkpoint(target)
-            if trainer.is_global_zero:
-                self._prune()
+        if step == self.step:
+            return
+        self.step, self._kept = step, None
+        last = step == trainer.max_steps
+        if last or step % self.config.every_steps == 0:
+            self._save(trainer, module)
+            if last or not self.config.asynchronous:
+                self._finish(last)
+        elif step % self.validation.every_steps == 0:
+            self._kept = self._state(trainer, module)
+        self._stop_if_told(trainer, module, control_of(trainer).signal)
+
+    def on_validation_batch_end(self, trainer, module, *arguments) -> None:
+        """A validation is left when told to stop; the resumed run repeats it."""
+        self._stop_if_told(trainer, module, trainer.strategy.agree_on_signal())
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception) -> None:
+        """Lets a checkpoint that is being written be finished."""
+        if self.writer is not None:
+            self.writer.wait(quietly=True)
+
+    def _state(self, trainer: Trainer, module: LightningModule) -> tuple[int, dict, dict]:
+        rest = trainer._checkpoint_connector.dump_checkpoint()
+        for emptied in ("state_dict", "optimizer_states"):
+            rest.pop(emptied)
+        return trainer.global_step, rest, saving.random_state(trainer.global_rank, module.device)
+
+    def _save(self, trainer: Trainer, module: LightningModule) -> None:
+        step, rest, random = self._kept or self._state(trainer, module)
+        self._finish(False)
+        optimizer = saving.optimizer_state_of(module.model, trainer.optimizers[0])
+        weights = saving.weights_of(module.model)
+        self.writer.start(step, weights, optimizer | random, rest, self._prune)
+        self.saved_step = step
+
+    def _finish(self, must_succeed: bool) -> None:
+        """Waits for the checkpoint being written; some may fail, but not the last one."""
+        try:
+            if self.writer.wait():
+                self.n_failed = 0
+        except UserError as error:
+            self.n_failed += 1
+            if must_succeed or self.n_failed > self.failures_allowed:
+                raise
+            if self.writer.ranks.rank == 0:
+                self.console.print(f"warning: {error}; training goes on", soft_wrap=True)
+
+    def _stop_if_told(self, trainer: Trainer, module: LightningModule, code: int) -> None:
+        if not code:
+            return
+        if trainer.state.fn == "fit" and self.saved_step != self.step:
+            self._save(trainer, module)
+        if trainer.state.fn == "fit":
+            self._finish(True)
+        if trainer.is_global_zero:
+            why = "time limit" if code == preemption.REQUEUE else "SIGTERM"
+            self.console.print(
+                f"stopped at step {self.step} ({why}): the same command continues {self.run}",
+                highlight=False,
+                soft_wrap=True,
+            )
+        launched_by_us = not trainer.strategy.cluster_environment.creates_processes_externally
+        # Lightning kills everything when a process that it started exits with a code.
+        raise preemption.Preempted(0 if launched_by_us and trainer.local_rank else code)
 
     def _prune(self) -> None:
         found = checkpoints.complete_checkpoints(self.run)
         for path in found[: -self.config.keep_last]:
-            step = int(path.name.removeprefix("step-"))
+            step = checkpoints.step_of(path)
             if not self.config.keep_every or step % self.config.keep_every:
                 # Renamed first: a half-deleted directory must not pass for a checkpoint.
-                doomed = path.with_name(f".{path.name}.partial")
-                shutil.rmtree(doomed, ignore_errors=True)
-                shutil.rmtree(path.rename(doomed))
+                doomed = path.with_name(f".{path.name}.old")
+                remove(doomed)
+                remove(path.rename(doomed))
+
+
+def validate_now(trainer: Trainer) -> None:
+    """Runs the validation loop inside `fit`, as Lightning does between two batches."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.restarting = False
+    trainer.validating = True
+    loop.run()
+    trainer.training = True

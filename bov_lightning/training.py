@@ -3,6 +3,7 @@
 import copy
 import inspect
 import logging
+import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -10,19 +11,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import yaml
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningCLI
 from rich.console import Console
 
 from bov_lightning.budget import accumulation, make_plan
-from bov_lightning.checkpoint import complete_checkpoints, read_marker, read_weights
+from bov_lightning.checkpoint import complete_checkpoints, read_weights
+from bov_lightning.cluster import processes, restarted
+from bov_lightning.control import Control
 from bov_lightning.errors import UserError
 from bov_lightning.module import BoVModule
+from bov_lightning.preemption import Preempted
 from bov_lightning.progress import MetricsCSV, Reporter, TensorBoardEvents
 from bov_lightning.recipe import (
     BatchConfig,
     CheckpointConfig,
+    GuardConfig,
     Recipe,
     RunConfig,
     ValidationConfig,
@@ -30,7 +36,9 @@ from bov_lightning.recipe import (
     read_yaml,
     unknown_key,
 )
-from bov_lightning.run import Checkpointer, DirectoryCheckpointIO, RunFiles, move_aside
+from bov_lightning.run import Checkpointer, RunFiles, move_aside
+from bov_lightning.strategy import choose_strategy
+from bov_lightning.watchdog import Watchdog
 
 DERIVED = {
     "max_steps": "model.budget",
@@ -79,6 +87,7 @@ class RecipeCLI(LightningCLI):
         parser.add_class_arguments(RunConfig, "run")
         parser.add_class_arguments(CheckpointConfig, "checkpoint")
         parser.add_class_arguments(ValidationConfig, "validation")
+        parser.add_class_arguments(GuardConfig, "guard")
         parser.add_argument("--seed", type=int, default=Recipe.seed)
         parser.add_argument("--compile", type=bool, default=Recipe.compile)
         parser.add_argument(
@@ -104,7 +113,13 @@ class RecipeCLI(LightningCLI):
         config["logger"] = own.pop("loggers") + [
             x for x in loggers if not isinstance(x, bool) and x
         ]
-        config["plugins"] = own.pop("plugins") + (config.get("plugins") or [])
+        environment, config["devices"], config["num_nodes"] = processes(
+            config.get("devices"), config.get("num_nodes")
+        )
+        config["plugins"] = [environment, *(config.get("plugins") or [])]
+        config["strategy"], config["precision"] = choose_strategy(
+            config.get("strategy"), config.get("precision")
+        )
         callbacks = [*callbacks, *own.pop("callbacks")]
         config = {name: value for name, value in config.items() if name not in DERIVED}
         return super()._instantiate_trainer(config | own, callbacks)
@@ -203,7 +218,13 @@ def prepare(recipe: Recipe, origin: str, processes: int | None, shard: tuple[int
 
 def _quiet_lightning() -> None:
     """Leaves the screen to the run's own lines; warnings about what we decide are not news."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name, level in (
+        ("lightning.pytorch", logging.WARNING),
+        ("lightning.fabric", logging.WARNING),
+        # gloo has no all-to-all; its replacement is announced by every rank.
+        ("torch.distributed.tensor._collective_utils", logging.ERROR),
+    ):
+        logging.getLogger(name).setLevel(level)
     for message in (
         ".*does not have many workers.*",
         ".*isinstance\\(treespec, LeafSpec\\).*",
@@ -213,14 +234,14 @@ def _quiet_lightning() -> None:
         ".*is smaller than the logging interval.*",
         ".*It is recommended to use `self.log\\('val_bpb'.*",  # the metric reduces it
         ".*GPU available but not used.*",
+        ".*torch.distributed is disabled, unavailable or uninitialized.*",
     ):
         warnings.filterwarnings("ignore", message=message)
 
 
-def _trainer_arguments(recipe: Recipe, loggers: list, plugins: list, callbacks: list) -> dict:
+def _trainer_arguments(recipe: Recipe, loggers: list, callbacks: list) -> dict:
     return {
         "loggers": loggers,
-        "plugins": plugins,
         "callbacks": callbacks,
         "default_root_dir": recipe.run.root,
         "max_epochs": -1,
@@ -231,6 +252,12 @@ def _trainer_arguments(recipe: Recipe, loggers: list, plugins: list, callbacks: 
         "enable_model_summary": False,
         "use_distributed_sampler": False,
     }
+
+
+def _leave_signals_to_us(trainer: Trainer) -> None:
+    """Lightning would replace our handlers, and have all ranks talk in every micro-batch."""
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
 
 def _get(data: Any, key: str) -> Any:
@@ -267,6 +294,21 @@ def _plain(value: Any) -> Any:
     return asdict(value) if is_dataclass(value) else value
 
 
+@contextmanager
+def _own_process_group() -> Iterator[None]:
+    """Leaves neither a process group nor its address behind for what this process does next."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            if name not in before:
+                os.environ.pop(name, None)
+
+
+@_own_process_group()
 def fit(recipe: Recipe, settings: dict, origin: str) -> None:
     """Trains the recipe, or continues the run of its name, and prints val_bpb at the end.
 
@@ -287,22 +329,17 @@ def fit(recipe: Recipe, settings: dict, origin: str) -> None:
 
     resolved = {name: _plain(value) for name, value in vars(recipe).items() if name != "resume"}
     loggers, reporter = [MetricsCSV(run), TensorBoardEvents(run)], Reporter()
-    checkpoint_io = DirectoryCheckpointIO(run, "")
     run_files = RunFiles(run, "", {})
-    cli = build_cli(
-        settings,
-        _trainer_arguments(
-            recipe,
-            loggers,
-            [checkpoint_io],
-            [run_files, reporter, Checkpointer(run, recipe.checkpoint)],
-        ),
-        origin,
-    )
+    # A requeued job continues whatever its command line says: it would never end otherwise.
+    resume = recipe.resume == "auto" or restarted()
+    checkpointer = Checkpointer(run, recipe.checkpoint, recipe.validation, resume)
+    watchdog = Watchdog(recipe.guard.late_after_s)
+    callbacks = [watchdog, run_files, Control(recipe.guard), reporter, checkpointer]
+    cli = build_cli(settings, _trainer_arguments(recipe, loggers, callbacks), origin)
     resolved["data"] = cli.resolved_data()
     trainer, module = cli.trainer, cli.model
     config_yaml = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
-    run_files.config_yaml = checkpoint_io.config_yaml = config_yaml
+    run_files.config_yaml = checkpointer.config_yaml = config_yaml
     run_files.figures = make_plan(config, recipe.model.budget, batch.tokens, trainer.world_size)
 
     n_micro = accumulation(batch.tokens, batch.micro, config.sequence_len, trainer.world_size)
@@ -310,20 +347,16 @@ def fit(recipe: Recipe, settings: dict, origin: str) -> None:
     trainer.fit_loop.epoch_loop.max_steps = module.n_step
     trainer.val_check_interval = recipe.validation.every_steps * n_micro
 
-    resume_from = None
-    if trainer.is_global_zero and run.exists() and recipe.resume == "never":
-        console.print(f"moved the old run to {move_aside(run)}", highlight=False)
-    if recipe.resume == "auto" and (found := complete_checkpoints(run)):
+    if resume and complete_checkpoints(run):
         _check_same_run(run, resolved)
-        resume_from = found[-1]
-        step = read_marker(resume_from)["step"]
-        for logger in loggers:
-            logger.resume_at(step)
-        if trainer.is_global_zero:
-            console.print(f"resuming {run} from step {step} ({resume_from})", highlight=False)
+    if not resume and trainer.is_global_zero and run.exists():
+        console.print(f"moved the old run to {move_aside(run)}", highlight=False)
+    _leave_signals_to_us(trainer)
     seed_everything(recipe.seed, workers=True, verbose=False)
     try:
-        trainer.fit(module, datamodule=cli.datamodule, ckpt_path=resume_from)
+        trainer.fit(module, datamodule=cli.datamodule)
+    except Preempted:
+        raise
     except SystemExit:
         # What Lightning makes of Ctrl-C.
         if trainer.interrupted and trainer.is_global_zero:
@@ -331,7 +364,7 @@ def fit(recipe: Recipe, settings: dict, origin: str) -> None:
         raise KeyboardInterrupt from None
     if reporter.validated_step != trainer.global_step:
         trainer.validate(module, datamodule=cli.datamodule, verbose=False)
-        for logger in loggers:
+        for logger in loggers if trainer.is_global_zero else []:
             logger.log_metrics({"val_bpb": reporter.latest["val_bpb"]}, trainer.global_step)
             logger.save()
     if trainer.is_global_zero:
@@ -340,12 +373,13 @@ def fit(recipe: Recipe, settings: dict, origin: str) -> None:
         print(f"run {run} (step {trainer.global_step}, {minutes:.1f} min)")
 
 
+@_own_process_group()
 def validate(checkpoint: Path, recipe: Recipe, settings: dict, origin: str) -> float:
     """Prints and returns the checkpoint's val_bpb on the recipe's held-out text."""
     from bov_lightning.checkpoint import TOKENIZER, load_weights
 
     _quiet_lightning()
-    cli = build_cli(settings, _trainer_arguments(recipe, [], [], []), origin)
+    cli = build_cli(settings, _trainer_arguments(recipe, [], []), origin)
     module, data = cli.model, cli.datamodule
     module.configure_model()
     load_weights(module.model, read_weights(checkpoint), checkpoint)

@@ -3,15 +3,13 @@
 Shapes: B batch, T time, C = d_model, V = padded vocabulary.
 """
 
-import hashlib
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bov_lightning.model.attention import Attention, make_masks, rotary_angles
 from bov_lightning.model.config import TransformerConfig
-from bov_lightning.model.layers import Linear, rms_norm, uniform_
+from bov_lightning.model.layers import Initialiser, Linear, rms_norm
 from bov_lightning.model.loss import softcap, softcapped_cross_entropy
 from bov_lightning.model.values import LayerValues, ValueInputs, build_layer_values
 
@@ -109,7 +107,7 @@ class Transformer(nn.Module):
         )
         self.head = Head(config)
         if not self.head.weight.is_meta:
-            self.initialise(seed)
+            self.initialise(Initialiser(seed))
 
     def forward(
         self, token_ids_BT: Tensor, targets_BT: Tensor | None = None, reduction: str = "mean"
@@ -135,28 +133,24 @@ class Transformer(nn.Module):
         return self.head(rms_norm(x_BTC), targets_BT, reduction)
 
     @torch.no_grad()
-    def initialise(self, seed: int) -> None:
+    def initialise(self, fill: Initialiser) -> None:
         """Fills every parameter; output projections and the smear start at zero."""
-
-        def generator(name: str) -> torch.Generator:
-            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            stream = torch.Generator(self.head.weight.device)
-            return stream.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-
         bound = (3 / self.config.d_model) ** 0.5
-        self.embedding.weight.normal_(0, 0.8, generator=generator("embedding.weight"))
-        self.head.weight.normal_(0, 0.001, generator=generator("head.weight"))
-        self.smear.strength.zero_()
-        uniform_(self.smear.gate, Smear.n_channel**-0.5, generator("smear.gate"))
+        embedding = fill.normal("embedding.weight", self.embedding.weight, 0.8)
+        fill.normal("head.weight", self.head.weight, 0.001)
+        fill.constant(self.smear.strength, 0)
+        smear_bound = Smear.n_channel**-0.5
+        fill.uniform("smear.gate", self.smear.gate, -smear_bound, smear_bound)
         for i, block in enumerate(self.blocks):
             name, attention, mlp = f"blocks.{i}", block.attention, block.mlp
             for part in ("query", "key"):
                 weight = getattr(attention, part).weight
-                uniform_(weight, bound, generator(f"{name}.attention.{part}.weight"))
-            attention.value.initialise(f"{name}.attention.value", self.embedding.weight, generator)
-            attention.output.weight.zero_()
-            uniform_(mlp.input.weight, 0.4 * bound, generator(f"{name}.mlp.input.weight"))
-            mlp.output.weight.zero_()
+                fill.uniform(f"{name}.attention.{part}.weight", weight, -bound, bound)
+            attention.value.initialise(f"{name}.attention.value", embedding, fill)
+            fill.constant(attention.output.weight, 0)
+            weight = mlp.input.weight
+            fill.uniform(f"{name}.mlp.input.weight", weight, -0.4 * bound, 0.4 * bound)
+            fill.constant(mlp.output.weight, 0)
 
     def flops_per_token(self) -> int:
         """Training FLOPs per token: 6 per matrix parameter, 12 per channel and visible key."""

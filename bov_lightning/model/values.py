@@ -7,7 +7,6 @@ and with the layer's context value x W_V; the variants of the paper are such com
 Shapes: B batch, T time, C = d_model, V = n_kv_head * head_dim.
 """
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
@@ -15,16 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bov_lightning.errors import UserError
-from bov_lightning.model.layers import Linear, rms_norm, uniform_
+from bov_lightning.model.layers import Initialiser, Linear, rms_norm
 
 if TYPE_CHECKING:
     from bov_lightning.model.config import TransformerConfig
 
 GATE_CHANNELS = 12
 """The gate reads the first channels of x."""
-
-Generators = Callable[[str], torch.Generator]
-"""Gives the random generator of a parameter by its name."""
 
 
 class ValueInputs(NamedTuple):
@@ -67,10 +63,10 @@ class ValueSource(nn.Module):
         raise NotImplementedError
 
     def initialise(
-        self, values: "LayerValues", prefix: str, embedding: Tensor, generator: Generators
+        self, values: "LayerValues", prefix: str, embedding: Tensor, fill: Initialiser
     ) -> None:
         """Fills the source's parameters. ``prefix`` is the name of ``values`` in the model and
-        ``embedding`` the initialised token embedding."""
+        ``embedding`` what the token embedding starts with."""
 
 
 class ContextValue(ValueSource):
@@ -125,15 +121,15 @@ class BankOfValues(ValueSource):
     def forward(self, inputs, projection):
         return F.embedding(inputs.token_ids, self.table)
 
-    @torch.no_grad()
-    def initialise(self, values, prefix, embedding, generator):
+    def initialise(self, values, prefix, embedding, fill):
         bound = (3 / embedding.shape[1]) ** 0.5
         if values.gate is not None:
-            uniform_(self.table, bound, generator(f"{prefix}.source.table"))
+            fill.uniform(f"{prefix}.source.table", self.table, -bound, bound)
             return
         projection = embedding.new_empty(self.table.shape[1], embedding.shape[1])
-        uniform_(projection, bound, generator(f"{prefix}.projection.weight"))
-        self.table.copy_(rms_norm(embedding) @ projection.T)
+        stream = fill.stream(f"{prefix}.projection.weight")
+        projection.uniform_(-bound, bound, generator=stream)
+        fill.fill(self.table, rms_norm(embedding) @ projection.T)
 
 
 def source_class(name: str) -> type[ValueSource]:
@@ -201,20 +197,19 @@ class LayerValues(nn.Module):
         gate = 0 if self.gate is None else self.gate.weight.numel()
         return self.n_projection * projection + gate
 
-    @torch.no_grad()
-    def initialise(self, prefix: str, embedding: Tensor, generator: Generators) -> None:
+    def initialise(self, prefix: str, embedding: Tensor, fill: Initialiser) -> None:
         """Fills all parameters; ``prefix`` is this module's name in the model."""
         if self.projection is not None:
             bound = (3 / embedding.shape[1]) ** 0.5
-            uniform_(self.projection.weight, bound, generator(f"{prefix}.projection.weight"))
+            fill.uniform(f"{prefix}.projection.weight", self.projection.weight, -bound, bound)
         if self.gate is not None:
-            self.gate.weight.uniform_(0, 0.02, generator=generator(f"{prefix}.gate.weight"))
+            fill.uniform(f"{prefix}.gate.weight", self.gate.weight, 0, 0.02)
         if self.coefficient is not None:
-            self.coefficient.fill_(0.0 if self.add_context else 1.0)
+            fill.constant(self.coefficient, 0 if self.add_context else 1)
         if self.context_coefficient is not None:
-            self.context_coefficient.fill_(1.0)
+            fill.constant(self.context_coefficient, 1)
         if self.source is not None:
-            self.source.initialise(self, prefix, embedding, generator)
+            self.source.initialise(self, prefix, embedding, fill)
 
 
 def build_layer_values(config: "TransformerConfig") -> list[LayerValues]:

@@ -4,18 +4,20 @@ The rule is that of the paper's training code: Nesterov momentum, orthogonalisat
 (arXiv 2505.16932) in bf16, NorMuon's variance reduction (arXiv 2510.05491) and cautious weight
 decay (arXiv 2510.12402).
 
-Parameters may be plain tensors or DTensors that FSDP2 sharded over their rows. State is kept per
-parameter and sharded like it, so that distributed checkpoints can reshard it. Matrices of one shape
-are updated together: for DTensors one all-to-all brings whole matrices to single ranks, which
-orthogonalise their part, and another brings them back.
+Parameters may be plain tensors or DTensors that FSDP2 sharded over their rows (and, with HSDP,
+replicated beside that). State is kept per parameter and sharded like it, so that distributed
+checkpoints can reshard it. Matrices of one shape are updated together: for DTensors one all-to-all
+brings whole matrices to single ranks, which orthogonalise their part, and another brings them back.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, zeros
 
 POLAR_EXPRESS = (
@@ -48,8 +50,21 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def _shard_mesh(tensor: DTensor) -> DeviceMesh:
+    """The ranks that together hold one copy; with HSDP the last of the mesh's two dimensions."""
+    mesh = tensor.device_mesh
+    return mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[-1]]
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Muon and AdamW in one optimizer.
+
+    A step whose gradients hold NaN or infinity changes nothing, on any rank.
+
+    Attributes:
+        gradient_norm: Euclidean norm of all gradients at the last step, over all ranks.
+        n_skipped: steps that changed nothing so far.
+        n_skipped_in_row: how many of them were the last ones.
 
     Args:
         groups: parameter groups with the key ``kind``:
@@ -65,6 +80,22 @@ class MuonAdamW(torch.optim.Optimizer):
                 raise ValueError(f"optimizer group kind {group['kind']!r}: use muon or adamw")
             if group["kind"] == "muon" and any(p.ndim != 2 for p in group["params"]):
                 raise ValueError("Muon updates matrices only: give other parameters to adamw")
+        self.gradient_norm = math.nan
+        self.n_skipped = self.n_skipped_in_row = 0
+
+    def create_state(self) -> None:
+        """Makes the state of all parameters that have none, as zeros: what a checkpoint fills."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if self.state[p]:
+                    continue
+                if group["kind"] == "adamw":
+                    self.state[p]["step"] = torch.zeros((), dtype=torch.float32)
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+                else:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                    self.state[p]["second_moment"] = _averaged_zeros(p, _average_dim(p))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -73,6 +104,13 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.gradient_norm = self._gradient_norm()
+        if not math.isfinite(self.gradient_norm):
+            self.n_skipped += 1
+            self.n_skipped_in_row += 1
+            return loss
+        self.n_skipped_in_row = 0
+        self.create_state()
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if group["kind"] == "adamw":
@@ -86,12 +124,19 @@ class MuonAdamW(torch.optim.Optimizer):
                 self._muon(matrices, group)
         return loss
 
+    def _gradient_norm(self) -> float:
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        grads = [grad for grad in grads if grad is not None]
+        local = [_local(grad) for grad in grads]
+        # A rank may hold no rows of a small parameter.
+        norms = torch._foreach_norm([grad for grad in local if grad.numel()])
+        square = torch.stack(norms).square().sum()
+        sharded = next((grad for grad in grads if isinstance(grad, DTensor)), None)
+        if sharded is not None:
+            _sum_over_shards(square, sharded)
+        return math.sqrt(square.item())
+
     def _adamw(self, parameters: list[Tensor], group: dict) -> None:
-        for p in parameters:
-            if not self.state[p]:
-                self.state[p]["step"] = torch.zeros((), dtype=torch.float32)
-                self.state[p]["exp_avg"] = torch.zeros_like(p)
-                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
         beta1, beta2 = group["betas"]
         values = [_local(p) for p in parameters]
         grads = [_local(p.grad) for p in parameters]
@@ -114,12 +159,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _muon(self, matrices: list[Tensor], group: dict) -> None:
         rows, cols = matrices[0].shape
-        # Variance reduction averages over the longer side: one number per row, or per column.
-        average_dim = -1 if rows >= cols else -2
-        for p in matrices:
-            if not self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-                self.state[p]["second_moment"] = _averaged_zeros(p, average_dim)
+        average_dim = _average_dim(matrices[0])
         values = [_local(p) for p in matrices]
         grads = [_local(p.grad) for p in matrices]
         momenta = [_local(self.state[p]["momentum"]) for p in matrices]
@@ -154,22 +194,25 @@ class MuonAdamW(torch.optim.Optimizer):
         """Polar Express of a stack of (local rows of) matrices that are laid out as ``like``."""
         if not isinstance(like, DTensor):
             return polar_express(stack)
-        (placement,) = like.placements
+        mesh, placement = _shard_mesh(like), like.placements[-1]
         if not (isinstance(placement, Shard) and placement.dim == 0):
             raise ValueError(f"Muon expects matrices sharded over their rows, got {placement}")
         shape = torch.Size((len(stack), *like.shape))
         stride = (like.shape[0] * like.shape[1], like.shape[1], 1)
         by_rows = DTensor.from_local(
-            stack.to(ITERATION_DTYPE), like.device_mesh, [Shard(1)], run_check=False, shape=shape,
-            stride=stride,
-        )  # fmt: skip
+            stack.to(ITERATION_DTYPE), mesh, [Shard(1)], run_check=False, shape=shape, stride=stride
+        )
         by_matrix = by_rows.redistribute(placements=[Shard(0)]).to_local()
         whole = polar_express(by_matrix) if len(by_matrix) else by_matrix
         result = DTensor.from_local(
-            whole.contiguous(), like.device_mesh, [Shard(0)], run_check=False, shape=shape,
-            stride=stride,
-        )  # fmt: skip
+            whole.contiguous(), mesh, [Shard(0)], run_check=False, shape=shape, stride=stride
+        )
         return result.redistribute(placements=[Shard(1)]).to_local()
+
+
+def _average_dim(matrix: Tensor) -> int:
+    """Variance reduction averages over the longer side: one number per row, or per column."""
+    return -1 if matrix.shape[0] >= matrix.shape[1] else -2
 
 
 def _averaged_zeros(matrix: Tensor, dim: int) -> Tensor:
@@ -178,12 +221,13 @@ def _averaged_zeros(matrix: Tensor, dim: int) -> Tensor:
     shape[dim] = 1
     if not isinstance(matrix, DTensor):
         return matrix.new_zeros(shape)
-    placements = matrix.placements if dim == -1 else [Replicate()]
-    return zeros(shape, dtype=matrix.dtype, device_mesh=matrix.device_mesh, placements=placements)
+    mesh = matrix.device_mesh
+    placements = matrix.placements if dim == -1 else [Replicate()] * mesh.ndim
+    return zeros(shape, dtype=matrix.dtype, device_mesh=mesh, placements=placements)
 
 
 def _sum_over_shards(local: Tensor, matrix: Tensor) -> Tensor:
     """The sum over the ranks that hold the matrix's rows; in place."""
     if isinstance(matrix, DTensor):
-        dist.all_reduce(local, group=matrix.device_mesh.get_group())
+        dist.all_reduce(local, group=_shard_mesh(matrix).get_group())
     return local
