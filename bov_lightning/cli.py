@@ -13,6 +13,7 @@ usage: bov COMMAND ...
   prepare    tokenize and pack a recipe's text         bov prepare --config R.yaml
   validate   measure bits per byte                     bov validate RUN-or-CHECKPOINT
   plan       parameters, FLOPs, memory, before paying  bov plan --config R.yaml [--json]
+  submit     train on a SLURM cluster                  bov submit --config R.yaml --nodes N ...
   generate   sample text                               bov generate RUN-or-CHECKPOINT --prompt P
   import     read the paper's authors' checkpoints     bov import nanochat DIR --output D
   recipes    list the recipes that come with bov
@@ -163,6 +164,38 @@ def _plan(arguments: list[str]) -> None:
     print_plan(recipe, origin, known.devices, as_json=known.json)
 
 
+def _submit(arguments: list[str]) -> None:
+    parser = _recipe_parser("submit", "Trains a recipe as a SLURM job that requeues itself.")
+    job = parser.add_argument_group("the job")
+    job.add_argument("--nodes", type=int, default=1, help="nodes of the job")
+    job.add_argument("--gpus-per-node", type=int, default=0, help="one process for each")
+    job.add_argument("--tasks-per-node", type=int, help="processes per node; default: its GPUs")
+    job.add_argument("--cpus-per-task", type=int, help="cores of each process")
+    job.add_argument("--time", help="limit of one attempt, such as 12:00:00")
+    job.add_argument(
+        "--save-before-s", type=int, default=300,
+        help="seconds before the limit at which the job saves and requeues itself",
+    )  # fmt: skip
+    job.add_argument("--partition", help="partition to run in")
+    job.add_argument("--account", help="account to charge")
+    job.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION",
+        help="another option of sbatch, such as --sbatch=--constraint=h100",
+    )  # fmt: skip
+    job.add_argument(
+        "--setup", action="append", default=[], metavar="LINE",
+        help="a shell line to run first, such as 'module load cuda'",
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="print the sbatch file and stop")
+    known, options = parser.parse_known_args(arguments)
+    recipe, settings, origin = _read_recipe(known.config, options)
+    from bov_lightning.submit import JobConfig, submit
+
+    names = vars(known).keys() - {"config", "dry_run"}
+    job_config = JobConfig(**{name: getattr(known, name) for name in names})
+    submit(recipe, settings, origin, job_config, known.dry_run)
+
+
 def _generate(arguments: list[str]) -> None:
     parser = _Parser(prog="bov generate", description="Samples text from a checkpoint.")
     parser.add_argument(
@@ -208,6 +241,7 @@ COMMANDS = {
     "prepare": _prepare,
     "validate": _validate,
     "plan": _plan,
+    "submit": _submit,
     "generate": _generate,
     "import": _import,
     "recipes": _recipes,

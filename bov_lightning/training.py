@@ -281,7 +281,8 @@ def _check_same_run(run: Path, resolved: dict) -> None:
 
 def _first_difference(old: Any, new: Any, key: str) -> tuple[str, Any, Any] | None:
     if isinstance(old, dict) and isinstance(new, dict):
-        for name in dict.fromkeys([*old, *new]):
+        # A key that the old run does not know came with a newer version.
+        for name in old:
             if found := _first_difference(old.get(name), new.get(name), f"{key}.{name}"):
                 return found
         return None

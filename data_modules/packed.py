@@ -86,6 +86,8 @@ class CorpusDataModule(pl.LightningDataModule):
 
     def __init__(self, corpus: Corpus, micro: int, seed: int, validation_tokens: int | None):
         super().__init__()
+        # All nodes share the directory, so one process of the run makes it, not one per node.
+        self.prepare_data_per_node = False
         self.corpus, self.micro, self.seed = corpus, micro, seed
         self.validation_tokens = validation_tokens
         self.manifest: dict = {}

@@ -1,7 +1,9 @@
 """Learning rates and weight decay per parameter group: the paper's recipe as data."""
 
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import nn
 
 from bov_lightning.budget import REFERENCE_BATCH_TOKENS, REFERENCE_D_MODEL, scaling_parameters
@@ -32,6 +34,10 @@ class OptimizerConfig:
 
     weight_decay: float = 0.28
     """Muon's cautious weight decay at the start; a cosine takes it to 0."""
+
+    muon_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """What Muon's orthogonalisation is computed in; float32 makes runs on different numbers of
+    devices agree to rounding, bfloat16 is the paper's."""
 
     scale_to_model: bool = False
     """Whether the numbers above are those of the 12-layer, d_model 768 reference model at 524,288
@@ -90,7 +96,7 @@ def build_groups(
         "coefficient": adamw(rate["scalar_lr"], (0.96, 0.95), 0.0),
         "matrix": dict(
             kind="muon", lr=rate["matrix_lr"], momentum=0.95, beta2=0.9,
-            weight_decay=rate["weight_decay"],
+            weight_decay=rate["weight_decay"], dtype=getattr(torch, optimizer.muon_dtype),
         ),
     }  # fmt: skip
     parameters = model.grouped_parameters()

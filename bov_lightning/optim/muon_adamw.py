@@ -30,13 +30,9 @@ POLAR_EXPRESS = (
 """Coefficients (a, b, c) of the five iterations, for a safety factor of 1.01."""
 
 
-ITERATION_DTYPE = torch.bfloat16
-"""Of the five iterations, and of what is sent for them."""
-
-
-def polar_express(stack: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices of a stack (n, rows, cols), in ITERATION_DTYPE."""
-    x = stack.to(ITERATION_DTYPE)
+def polar_express(stack: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The nearest semi-orthogonal matrices of a stack (n, rows, cols), computed in ``dtype``."""
+    x = stack.to(dtype)
     x = x / (1.01 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
     tall = x.shape[-2] > x.shape[-1]
     for a, b, c in POLAR_EXPRESS:
@@ -68,7 +64,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Args:
         groups: parameter groups with the key ``kind``:
-            ``muon`` with ``lr``, ``momentum``, ``beta2``, ``weight_decay`` (2-D parameters only);
+            ``muon`` with ``lr``, ``momentum``, ``beta2``, ``weight_decay``, and ``dtype``, which
+            the orthogonalisation is computed and sent in: bf16 if not given (2-D parameters only);
             ``adamw`` with ``lr``, ``betas``, ``eps``, ``weight_decay`` (decoupled).
     """
 
@@ -80,6 +77,8 @@ class MuonAdamW(torch.optim.Optimizer):
                 raise ValueError(f"optimizer group kind {group['kind']!r}: use muon or adamw")
             if group["kind"] == "muon" and any(p.ndim != 2 for p in group["params"]):
                 raise ValueError("Muon updates matrices only: give other parameters to adamw")
+            if group["kind"] == "muon":
+                group.setdefault("dtype", torch.bfloat16)
         self.gradient_norm = math.nan
         self.n_skipped = self.n_skipped_in_row = 0
 
@@ -167,7 +166,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, momenta, group["momentum"])
-        x = self._orthogonalise(torch.stack(updates), matrices[0]).float()
+        x = self._orthogonalise(torch.stack(updates), matrices[0], group["dtype"]).float()
 
         n_average = cols if average_dim == -1 else rows
         v = x.square().sum(dim=average_dim, keepdim=True)
@@ -190,20 +189,20 @@ class MuonAdamW(torch.optim.Optimizer):
                 update = update + group["weight_decay"] * value * agree
             value.sub_(lr * update)
 
-    def _orthogonalise(self, stack: Tensor, like: Tensor) -> Tensor:
+    def _orthogonalise(self, stack: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
         """Polar Express of a stack of (local rows of) matrices that are laid out as ``like``."""
         if not isinstance(like, DTensor):
-            return polar_express(stack)
+            return polar_express(stack, dtype)
         mesh, placement = _shard_mesh(like), like.placements[-1]
         if not (isinstance(placement, Shard) and placement.dim == 0):
             raise ValueError(f"Muon expects matrices sharded over their rows, got {placement}")
         shape = torch.Size((len(stack), *like.shape))
         stride = (like.shape[0] * like.shape[1], like.shape[1], 1)
         by_rows = DTensor.from_local(
-            stack.to(ITERATION_DTYPE), mesh, [Shard(1)], run_check=False, shape=shape, stride=stride
+            stack.to(dtype), mesh, [Shard(1)], run_check=False, shape=shape, stride=stride
         )
         by_matrix = by_rows.redistribute(placements=[Shard(0)]).to_local()
-        whole = polar_express(by_matrix) if len(by_matrix) else by_matrix
+        whole = polar_express(by_matrix, dtype) if len(by_matrix) else by_matrix
         result = DTensor.from_local(
             whole.contiguous(), mesh, [Shard(0)], run_check=False, shape=shape, stride=stride
         )

@@ -5,19 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bov_lightning.optim import muon_adamw
 from bov_lightning.optim.muon_adamw import POLAR_EXPRESS, MuonAdamW
 
 
 def muon_group(parameters, **settings):
     group = {"kind": "muon", "params": parameters, "lr": 0.02, "momentum": 0.95, "beta2": 0.9}
-    return group | {"weight_decay": 0.1} | settings
-
-
-@pytest.fixture(autouse=True)
-def _exact_iteration(monkeypatch):
-    """fp32 instead of bf16, whose rounding would hide mistakes; parity tests cover bf16."""
-    monkeypatch.setattr(muon_adamw, "ITERATION_DTYPE", torch.float32)
+    # fp32 instead of bf16, whose rounding would hide mistakes; parity tests cover bf16.
+    return group | {"weight_decay": 0.1, "dtype": torch.float32} | settings
 
 
 def reference_step(p, g, m, s, lr, mu, beta2, wd):

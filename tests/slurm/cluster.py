@@ -1,0 +1,168 @@
+"""A throw-away SLURM of two nodes on this machine, made of Debian's packages.
+
+Everything lies in one directory; /etc is not touched and no service manager is needed. Debian's
+slurmd can pose as several nodes of one host.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+PROGRAMS = ("slurmctld", "slurmd", "munged", "srun", "sbatch", "scontrol")
+N_NODE = 2
+
+# cred_expire: a requeued job waits until its old credential has expired, by default two minutes.
+# GraceTime: a preempted job gets TERM and so many seconds.
+CONFIGURATION = """\
+ClusterName=drill
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={control_port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={directory}/munge.socket,cred_expire=5
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+StateSaveLocation={directory}/state
+SlurmdSpoolDir={directory}/spool-%n
+SlurmctldPidFile={directory}/slurmctld.pid
+SlurmdPidFile={directory}/slurmd-%n.pid
+SlurmctldLogFile={directory}/slurmctld.log
+SlurmdLogFile={directory}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SchedulerType=sched/builtin
+SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+JobRequeue=1
+ReturnToService=2
+KillWait=30
+SlurmdTimeout=10
+SlurmctldTimeout=10
+MessageTimeout=10
+TCPTimeout=2
+BatchStartTimeout=10
+SlurmdParameters=config_overrides
+PropagateResourceLimits=NONE
+{nodes}
+PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=60 State=UP PriorityTier=10 PreemptMode=OFF
+"""
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 180) -> object:
+    """The first true value of ``condition``."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"waited {seconds} s for {what}")
+
+
+class Cluster:
+    """slurmctld, munged and two slurmd."""
+
+    def __init__(self, directory: Path):
+        """``directory``: for all state; short, since a socket lies in it."""
+        self.directory = directory
+        self.environment = {**os.environ, "SLURM_CONF": str(directory / "slurm.conf")}
+
+    def start(self) -> None:
+        """Returns when both nodes are idle."""
+        directory = self.directory
+        (directory / "state").mkdir(parents=True)
+        directory.chmod(0o755)
+        key = directory / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o600)
+        host = socket.gethostname().split(".")[0]
+        lines = []
+        for node in range(1, N_NODE + 1):
+            (directory / f"spool-node{node}").mkdir()
+            lines.append(
+                f"NodeName=node{node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} "
+                "CPUs=4 RealMemory=4000 State=UNKNOWN"
+            )
+        (directory / "slurm.conf").write_text(
+            CONFIGURATION.format(
+                host=host, control_port=free_port(), directory=directory, nodes="\n".join(lines)
+            )
+        )
+        self.run(
+            "munged", "--force", f"--key-file={key}", f"--socket={directory}/munge.socket",
+            f"--pid-file={directory}/munged.pid", f"--log-file={directory}/munged.log",
+            f"--seed-file={directory}/munged.seed",
+        )  # fmt: skip
+        self.run("slurmctld", "-c")
+        for node in range(1, N_NODE + 1):
+            self.start_node(node)
+        self.wait_idle()
+
+    def start_node(self, node: int) -> None:
+        """Starts the slurmd of node 1 or 2."""
+        self.run("slurmd", "-N", f"node{node}", "-c")
+
+    def wait_idle(self) -> None:
+        """Until both nodes have nothing to do."""
+        idle = ("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N")
+        wait_until(lambda: len(self.run(*idle).split()) == N_NODE, "idle nodes", 60)
+
+    def stop(self) -> None:
+        """Ends every job and daemon."""
+        subprocess.run(["scancel", "-u", "root"], env=self.environment, check=False)
+        deadline = time.monotonic() + 40
+        while self.run("squeue", "-h").strip() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        for file in self.directory.glob("*.pid"):
+            self._kill(file)
+
+    def kill_node(self, node: int) -> None:
+        """kill -9 of a node's slurmd."""
+        self._kill(self.directory / f"slurmd-node{node}.pid", signal.SIGKILL)
+
+    def _kill(self, file: Path, number: int = signal.SIGTERM) -> None:
+        try:
+            pid = int(file.read_text())
+            os.kill(pid, number)
+            for _ in range(100):
+                os.kill(pid, 0)
+                time.sleep(0.05)
+            os.kill(pid, signal.SIGKILL)
+        except (ProcessLookupError, FileNotFoundError, ValueError):
+            pass
+
+    def run(self, *command: str) -> str:
+        """The output of a command of SLURM's."""
+        result = subprocess.run(command, env=self.environment, capture_output=True, text=True)
+        assert result.returncode == 0, f"{command}: {result.stderr}"
+        return result.stdout
+
+    def state(self, job: str) -> str:
+        """RUNNING, PENDING, COMPLETED, ..."""
+        fields = self.run("scontrol", "show", "job", job).split()
+        return next(f.removeprefix("JobState=") for f in fields if f.startswith("JobState="))
+
+
+def missing_programs() -> list[str]:
+    """What a cluster needs and this machine lacks."""
+    return [name for name in PROGRAMS if shutil.which(name) is None]

@@ -1,0 +1,191 @@
+"""A run on a real SLURM of two nodes, stopped in every way that clusters know."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import require
+from slurm.cluster import Cluster, missing_programs, wait_until
+
+from bov_lightning.checkpoint import OPTIMIZER, complete_checkpoints, read_whole, step_of
+from bov_lightning.cli import main
+
+pytestmark = pytest.mark.slurm
+
+EVERY = 20
+"""Steps between checkpoints."""
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    missing = missing_programs()
+    usable = not missing and os.geteuid() == 0
+    require(usable, "slurm", f"needs root and {', '.join(missing) or 'nothing else'}")
+    directory = Path(tempfile.mkdtemp(prefix="slurm-"))
+    running = Cluster(directory)
+    try:
+        running.start()
+        yield running
+    finally:
+        running.stop()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+class Job:
+    """A submitted run, and what its log says."""
+
+    def __init__(self, cluster: Cluster, recipe: Path, monkeypatch, capsys, *options: str):
+        for name in ("SLURM_CONF",):
+            monkeypatch.setenv(name, cluster.environment[name])
+        self.cluster = cluster
+        command = ["submit", "--config", str(recipe), "--nodes", "2", "--tasks-per-node", "1"]
+        # All nodes of this cluster are this machine, whose host name may mean nothing.
+        command += ["--setup", "export MASTER_ADDR=127.0.0.1", *options]
+        assert main(command) == 0
+        out = capsys.readouterr().out
+        self.id = re.search(r"Submitted batch job (\d+)", out)[1]
+        self.run = Path(re.search(r"^run (.+)$", out, re.MULTILINE)[1])
+
+    @property
+    def log(self) -> str:
+        path = self.run / f"slurm-{self.id}.out"
+        return path.read_text() if path.exists() else ""
+
+    def newest(self) -> int:
+        found = complete_checkpoints(self.run)
+        return step_of(found[-1]) if found else 0
+
+    def wait_for_progress(self) -> int:
+        """The newest checkpoint, once it is a new one."""
+        before = self.newest()
+        return wait_until(lambda: self.newest() > before and self.newest(), "a new checkpoint")
+
+    def wait_for_attempt(self, n: int) -> None:
+        """Until the log holds ``n`` resumptions."""
+        wait_until(lambda: len(self.resumed()) >= n, f"resumption {n}: {self.log[-2000:]}")
+
+    def resumed(self) -> list[int]:
+        return [int(step) for step in re.findall(r"^resuming .* from step (\d+) ", self.log, re.M)]
+
+    def stopped(self) -> list[int]:
+        return [int(step) for step in re.findall(r"^stopped at step (\d+) ", self.log, re.M)]
+
+    def tasks(self) -> list[int]:
+        """Process ids of the training processes of this run."""
+        found = subprocess.run(
+            ["pgrep", "-f", f"^[^ ]*python[^ ]* .*fit --config {self.run}/recipe.yaml"],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        return [int(pid) for pid in found.stdout.split()]
+
+
+@pytest.fixture
+def long_recipe(tiny_settings, workplace) -> Path:
+    """A run that no test waits for the end of."""
+    settings = {
+        **tiny_settings,
+        "checkpoint": {"every_steps": EVERY, "keep_last": 3, "keep_every": EVERY},
+        "validation": {"every_steps": 30, "tokens": 640},
+        "batch": {"tokens": 256, "micro": 2},
+    }
+    settings["model"] = {**settings["model"], "budget": {"steps": 100_000}}
+    path = workplace / "long.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return path
+
+
+def assert_as_undisturbed(run: Path, recipe: Path, step: int) -> None:
+    """The checkpoint at ``step`` is bit for bit that of two processes that nobody disturbed."""
+    command = [sys.executable, "-m", "bov_lightning.cli", "fit", "--config", str(recipe)]
+    command += ["--trainer.devices", "2", "--run.name", "undisturbed"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    reference = Path("runs/undisturbed")
+    name = f"checkpoints/step-{step:08d}"
+    try:
+        wait_until(lambda: (reference / name).exists() or process.poll() is not None, "reference")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+    finally:
+        process.kill()
+    for part in ("weights", OPTIMIZER):
+        expected, found = (read_whole(path / name / part) for path in (reference, run))
+        assert expected.keys() == found.keys()
+        for key, tensor in expected.items():
+            assert torch.equal(tensor, found[key]), key
+
+
+def test_a_run_survives_whatever_a_cluster_does(cluster, long_recipe, monkeypatch, capsys):
+    job = Job(cluster, long_recipe, monkeypatch, capsys)
+    run_slurm, tell = cluster.run, ("scancel", "--signal=USR1", job.id)
+
+    # What comes before a time limit: save, and the script requeues.
+    job.wait_for_progress()
+    run_slurm(*tell)
+    job.wait_for_attempt(1)
+    assert job.resumed() == job.stopped()
+
+    # Somebody else's requeue: SLURM sends TERM.
+    job.wait_for_progress()
+    run_slurm("scontrol", "requeue", job.id)
+    job.wait_for_attempt(2)
+    assert job.resumed() == job.stopped()
+
+    # A job of a partition with more rights takes both nodes for a moment.
+    job.wait_for_progress()
+    urgent = run_slurm(
+        "sbatch", "--parsable", "-p", "urgent", "-N", "2", "--exclusive", "-o", "/dev/null",
+        "--wrap", "sleep 1",
+    ).strip()  # fmt: skip
+    job.wait_for_attempt(3)
+    assert cluster.state(urgent) == "COMPLETED"
+    assert job.resumed() == job.stopped()
+
+    # One task dies without a word: at most the steps since the last checkpoint are repeated.
+    before = job.wait_for_progress()
+    os.kill(job.tasks()[0], signal.SIGKILL)
+    job.wait_for_attempt(4)
+    assert len(job.stopped()) == 3
+    assert job.resumed()[-1] >= before
+    assert job.resumed()[-1] % EVERY == 0
+
+    # A node dies.
+    before = job.wait_for_progress()
+    cluster.kill_node(2)
+    for pid in job.tasks():
+        os.kill(pid, signal.SIGKILL)
+    cluster.start_node(2)
+    job.wait_for_attempt(5)
+    assert job.resumed()[-1] >= before
+
+    # Cancelled, and submitted again: the same run goes on.
+    job.wait_for_progress()
+    run_slurm("scancel", job.id)
+    wait_until(lambda: cluster.state(job.id) == "CANCELLED" and not job.tasks(), "the end")
+    stopped = job.stopped()[-1]
+    assert job.newest() == stopped
+    again = Job(cluster, long_recipe, monkeypatch, capsys)
+    again.wait_for_attempt(1)
+    assert again.resumed() == [stopped]
+    assert again.run == job.run
+
+    # Told to stop while it still imports: nothing was done, so nothing is lost.
+    step = again.wait_for_progress()
+    run_slurm("scancel", "--signal=USR1", again.id)
+    wait_until(lambda: len(again.stopped()) == 1 and not again.tasks(), "the first stop")
+    wait_until(lambda: len(again.tasks()) == 2, "two new tasks")
+    run_slurm("scancel", "--signal=USR1", again.id)
+    again.wait_for_attempt(3)
+    assert again.resumed()[-1] == again.stopped()[0] >= step
+
+    last = again.wait_for_progress()
+    run_slurm("scancel", again.id)
+    wait_until(lambda: not again.tasks(), "the end")
+    assert_as_undisturbed(job.run, long_recipe, last // EVERY * EVERY)
