@@ -234,6 +234,7 @@ def _quiet_lightning() -> None:
         ".*is smaller than the logging interval.*",
         ".*It is recommended to use `self.log\\('val_bpb'.*",  # the metric reduces it
         ".*GPU available but not used.*",
+        ".*`srun` command is available on your system.*",  # bov_lightning.cluster says it, if so
         ".*torch.distributed is disabled, unavailable or uninitialized.*",
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -243,7 +244,8 @@ def _trainer_arguments(recipe: Recipe, loggers: list, callbacks: list) -> dict:
     return {
         "loggers": loggers,
         "callbacks": callbacks,
-        "default_root_dir": recipe.run.root,
+        # Lightning looks there for checkpoints of its own, which it would prefer.
+        "default_root_dir": str(Path(recipe.run.root) / (recipe.run.name or "")),
         "max_epochs": -1,
         "check_val_every_n_epoch": None,
         "num_sanity_val_steps": 0,

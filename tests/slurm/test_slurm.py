@@ -72,6 +72,18 @@ class Job:
         """Until the log holds ``n`` resumptions."""
         wait_until(lambda: len(self.resumed()) >= n, f"resumption {n}: {self.log[-2000:]}")
 
+    def tell_and_wait(self) -> None:
+        """Sends both tasks what SLURM sends before a time limit; until the job has requeued itself.
+
+        Right after a requeue the new tasks are met while they import.
+        """
+        wait_until(lambda: len(self.tasks()) == 2, "two tasks")
+        said = "bov: time limit: requeueing"
+        n_before = self.log.count(said)
+        self.cluster.run("scancel", "--signal=USR1", self.id)
+        wait_until(lambda: self.log.count(said) == n_before + 1, f"a requeue: {self.log[-2000:]}")
+        wait_until(lambda: not self.tasks() or self.cluster.state(self.id) == "RUNNING", "the end")
+
     def resumed(self) -> list[int]:
         return [int(step) for step in re.findall(r"^resuming .* from step (\d+) ", self.log, re.M)]
 
@@ -124,11 +136,11 @@ def assert_as_undisturbed(run: Path, recipe: Path, step: int) -> None:
 
 def test_a_run_survives_whatever_a_cluster_does(cluster, long_recipe, monkeypatch, capsys):
     job = Job(cluster, long_recipe, monkeypatch, capsys)
-    run_slurm, tell = cluster.run, ("scancel", "--signal=USR1", job.id)
+    run_slurm = cluster.run
 
     # What comes before a time limit: save, and the script requeues.
     job.wait_for_progress()
-    run_slurm(*tell)
+    job.tell_and_wait()
     job.wait_for_attempt(1)
     assert job.resumed() == job.stopped()
 
@@ -176,16 +188,52 @@ def test_a_run_survives_whatever_a_cluster_does(cluster, long_recipe, monkeypatc
     assert again.resumed() == [stopped]
     assert again.run == job.run
 
-    # Told to stop while it still imports: nothing was done, so nothing is lost.
-    step = again.wait_for_progress()
-    run_slurm("scancel", "--signal=USR1", again.id)
-    wait_until(lambda: len(again.stopped()) == 1 and not again.tasks(), "the first stop")
-    wait_until(lambda: len(again.tasks()) == 2, "two new tasks")
-    run_slurm("scancel", "--signal=USR1", again.id)
-    again.wait_for_attempt(3)
-    assert again.resumed()[-1] == again.stopped()[0] >= step
+    # Told to stop while it still imports, whether or not it listens yet: there is nothing to lose.
+    again.wait_for_progress()
+    again.tell_and_wait()
+    again.tell_and_wait()
+    again.wait_for_attempt(2)
+    assert again.resumed()[-1] == again.stopped()[0] == again.stopped()[-1]
 
     last = again.wait_for_progress()
     run_slurm("scancel", again.id)
     wait_until(lambda: not again.tasks(), "the end")
     assert_as_undisturbed(job.run, long_recipe, last // EVERY * EVERY)
+
+
+def test_twenty_signals_in_a_row(cluster, long_recipe, monkeypatch, capsys):
+    """No deadlock, and no step lost: every other one comes while the processes start."""
+    job = Job(cluster, long_recipe, monkeypatch, capsys, "--run.name", "twenty")
+    for _ in range(10):
+        job.wait_for_progress()
+        job.tell_and_wait()
+        job.tell_and_wait()
+    last = job.wait_for_progress()
+    stopped, resumed = set(job.stopped()), job.resumed()
+    assert len(stopped) == 10
+    assert set(resumed) == stopped
+    cluster.run("scancel", job.id)
+    wait_until(lambda: not job.tasks(), "the end")
+    assert_as_undisturbed(job.run, long_recipe, last // EVERY * EVERY)
+
+
+def test_a_time_limit_stops_and_requeues(cluster, long_recipe, monkeypatch, capsys):
+    """SLURM itself sends the signal: up to a minute early, hence in the first moments here."""
+    options = ("--time", "0:02:00", "--save-before-s", "60", "--run.name", "limited")
+    job = Job(cluster, long_recipe, monkeypatch, capsys, *options)
+    wait_until(lambda: "bov: time limit: requeueing" in job.log, "the time limit")
+    job.wait_for_attempt(1)
+    assert job.resumed()[0] == job.stopped()[0]
+    cluster.run("scancel", job.id)
+    wait_until(lambda: not job.tasks(), "the end")
+
+
+def test_python_without_srun_is_refused_at_once(cluster, long_recipe, workplace, monkeypatch):
+    """In the batch script itself, where the processes would wait for each other for ever."""
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    line = f"{sys.executable} -m bov_lightning.cli fit --config {long_recipe}"
+    job = cluster.run(
+        "sbatch", "--parsable", "-N", "2", "--ntasks-per-node", "1", "-o", "out", "--wrap", line
+    ).strip()
+    wait_until(lambda: cluster.state(job) == "FAILED", "the refusal")
+    assert "put srun in front" in (workplace / "out").read_text()

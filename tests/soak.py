@@ -1,0 +1,99 @@
+"""`make soak`: kill -9 of a whole run at random moments, over and over.
+
+python tests/soak.py [N_KILL]
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from bov_lightning.checkpoint import complete_checkpoints, read_whole, step_of
+
+
+@dataclass
+class Series:
+    """What happened."""
+
+    n_kill: int = 0
+    during_save: int = 0
+    before_first_step: int = 0
+
+
+def newest(run: Path) -> int:
+    """Step of the newest complete checkpoint, or 0."""
+    found = complete_checkpoints(run)
+    return step_of(found[-1]) if found else 0
+
+
+def kill_series(command: list[str], run: Path, n_kill: int, seed: int = 0) -> Series:
+    """Starts the command, kills its whole process group at a random moment, and again; lets it end.
+
+    Every second kill waits until a save has begun. A run must never fall behind the newest
+    checkpoint that it had, nor lose it.
+    """
+    series, chance, seconds = Series(), random.Random(seed), 10.0
+    while series.n_kill < n_kill:
+        before, started = newest(run), time.monotonic()
+        process = subprocess.Popen(
+            command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        try:
+            if series.n_kill % 2:
+                while not list((run / "checkpoints").glob(".*.partial")):
+                    if process.poll() is not None:
+                        break
+                    time.sleep(0.001)
+            else:
+                time.sleep(chance.uniform(0, seconds))
+            saving = bool(list((run / "checkpoints").glob(".*.partial")))
+            if process.poll() is not None:
+                error = process.stderr.read()
+                raise AssertionError(f"ended with {process.returncode} before its kill: {error}")
+            os.killpg(process.pid, signal.SIGKILL)
+        finally:
+            _, error = process.communicate()
+        after = newest(run)
+        assert after >= before, f"step {before} was complete, and now {after} is the newest"
+        series.n_kill += 1
+        series.during_save += saving
+        series.before_first_step += "resuming" not in error and after == 0
+        seconds = max(3.0, min(seconds, time.monotonic() - started + 3))
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return series
+
+
+def main() -> None:
+    """Trains the quickstart's model on a little text, killed N_KILL times, and once undisturbed."""
+    n_kill = int(sys.argv[1]) if len(sys.argv) > 1 else 30
+    steps = ("--model.budget", f"{{steps: {40 * n_kill}}}", "--checkpoint.every_steps", "5")
+    small = ("--model.config.n_layer", "3", "--model.config.d_model", "64", "--batch.micro", "4")
+    sizes = ("--batch.tokens", "1024", "--validation.tokens", "4096", "--checkpoint.keep_last", "2")
+    start = [
+        sys.executable,
+        "-m",
+        "bov_lightning.cli",
+        "fit",
+        "--config",
+        "recipes/quickstart.yaml",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        common = [*start, *steps, *small, *sizes, "--run.root", folder]
+        series = kill_series([*common, "--run.name", "killed"], Path(folder) / "killed", n_kill)
+        subprocess.run([*common, "--run.name", "whole"], check=True)
+        ends = [complete_checkpoints(Path(folder) / name)[-1] for name in ("whole", "killed")]
+        for part in ("weights", "optimizer"):
+            whole, killed = (read_whole(end / part) for end in ends)
+            differ = [name for name, tensor in whole.items() if not tensor.equal(killed[name])]
+            assert not differ, f"{part} differ: {differ}"
+    print(f"{series}: weights and optimizer state are those of the undisturbed run")
+
+
+if __name__ == "__main__":
+    main()
