@@ -295,11 +295,16 @@ def _fail(message: str) -> int:
 
 def entry_point() -> None:
     """The console script."""
-    if sys.argv[1:2] == ["fit"]:
-        from bov_lightning.preemption import install
+    if sys.argv[1:2] != ["fit"]:
+        sys.exit(main())
+    from bov_lightning import preemption
 
-        install()
-    sys.exit(main())
+    preemption.install()
+    try:
+        code = main()
+    finally:
+        preemption.ignore()
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def received() -> int:
     return _received[0] if _received else 0
 
 
-def forget() -> None:
-    """As if no signal had come."""
-    _received.clear()
+def ignore() -> None:
+    """For the end: an interpreter that shuts down puts the default handlers back, which kill it."""
+    for number in _CODES:
+        signal.signal(number, signal.SIG_IGN)
