@@ -151,8 +151,9 @@ def test_a_rank_that_hangs_is_named(tiny_recipe):
     try:
         wait_for(lambda: complete_checkpoints(Path("runs/tiny")), process)
         children = subprocess.run(
-            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
-        )
+            ["pgrep", "-P", str(process.pid), "-f", "bov_lightning.cli fit"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
         (child,) = (int(pid) for pid in children.stdout.split())
         subprocess.run(["kill", "-STOP", str(child)], check=True)
         wait_for(lambda: "rank 1" in errors.read_text(), process)
