@@ -3,8 +3,10 @@
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from bov_lightning.errors import UserError
@@ -58,3 +60,16 @@ def recompute_activations(model: Transformer) -> None:
     """Makes each block keep its inputs only, and compute the rest again in the backward pass."""
     for block in model.blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+@torch.no_grad()
+def write_part(parameter: Tensor, whole: Tensor) -> None:
+    """Copies this rank's rows of a whole CPU tensor into a parameter, sharded or not."""
+    if isinstance(parameter, DTensor):
+        own = distribute_tensor(
+            whole.to(parameter.device), parameter.device_mesh, parameter.placements,
+            src_data_rank=None,
+        )  # fmt: skip
+        parameter.to_local().copy_(own.to_local())
+    else:
+        parameter.copy_(whole)

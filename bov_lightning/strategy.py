@@ -10,8 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bov_lightning import preemption
 from bov_lightning.errors import UserError
@@ -23,6 +21,7 @@ from bov_lightning.sharding import (
     check_replicate,
     make_mesh,
     shard,
+    write_part,
 )
 
 
@@ -147,16 +146,3 @@ def choose_strategy(strategy: Any, precision: Any) -> tuple[Strategy, Any]:
     check_precision(precision)
     strategy.param_dtype = PARAM_DTYPES.get(precision)
     return strategy, "32-true"
-
-
-@torch.no_grad()
-def write_part(parameter: Tensor, whole: Tensor) -> None:
-    """Copies this rank's rows of a whole CPU tensor into a parameter, sharded or not."""
-    if isinstance(parameter, DTensor):
-        own = distribute_tensor(
-            whole.to(parameter.device), parameter.device_mesh, parameter.placements,
-            src_data_rank=None,
-        )  # fmt: skip
-        parameter.to_local().copy_(own.to_local())
-    else:
-        parameter.copy_(whole)
