@@ -33,6 +33,7 @@ from bov_lightning.errors import UserError
 from bov_lightning.model import attention, loss, transformer
 from bov_lightning.model.config import TransformerConfig
 from bov_lightning.model.transformer import Transformer
+from bov_lightning.optim import muon_adamw
 from bov_lightning.optim.groups import build_groups
 from bov_lightning.optim.muon_adamw import MuonAdamW
 from bov_lightning.recipe import Recipe
@@ -83,8 +84,8 @@ def read_layout(trainer: dict[str, Any], world_size: int | None = None) -> Layou
         UserError: what `bov fit` would refuse too, or a precision that cannot be planned.
     """
     strategy, arguments = trainer.get("strategy"), {}
-    if isinstance(strategy, dict):
-        strategy, arguments = strategy.get("class_path"), strategy.get("init_args") or {}
+    if "class_path" in (strategy or ""):  # a mapping, or jsonargparse's Namespace
+        strategy, arguments = strategy["class_path"], strategy.get("init_args") or {}
     name = str(strategy).rpartition(".")[2]
     if name not in ("None", "auto", "fsdp", "ShardedStrategy", "ddp", "ReplicatedStrategy"):
         raise UserError(f"trainer.strategy {strategy!r} is not supported: use fsdp or ddp")
@@ -151,7 +152,13 @@ def plan_memory(recipe: Recipe, layout: Layout, n_micro: int) -> dict[str, Any]:
     attention._window_mask.cache_clear()
     try:
         mesh = make_mesh("cpu", layout.world_size, layout.replicate)
-        with _as_on_cuda() if layout.cuda else nullcontext(), FakeTensorMode() as fake_mode:
+        # Slicing a mesh looks at numbers, which tensors without content do not have.
+        shard_mesh = mesh if layout.replicate == 1 else mesh["shard"]
+        with (
+            patch.object(muon_adamw, "_shard_mesh", lambda tensor: shard_mesh),
+            _as_on_cuda() if layout.cuda else nullcontext(),
+            FakeTensorMode() as fake_mode,
+        ):
             return _simulate(recipe, layout, n_micro, mesh, _StorageTracker(fake_mode))
     finally:
         attention._window_mask.cache_clear()  # it holds tensors without content now
