@@ -108,6 +108,7 @@ def test_ddp_holds_everything_and_its_messages():
     assert ddp["peak"] > one["peak"]
 
 
+@pytest.mark.slow
 def test_activations_follow_micro_checkpointing_and_precision():
     micro = {"batch": {"micro": 4}}
     recompute = {"activation_checkpointing": True}
