@@ -1,4 +1,4 @@
-"""What a training run costs: parameters, FLOPs, horizon, memory. All of it before anything runs."""
+"""What a training run costs: parameters, FLOPs, horizon, KV cache; before anything runs."""
 
 from dataclasses import dataclass, replace
 
@@ -140,17 +140,12 @@ def peak_flops(device: torch.device) -> float:
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), float("nan"))
 
 
-def make_plan(
-    config: TransformerConfig, budget: BudgetConfig, batch_tokens: int, n_device: int = 1
-) -> dict:
-    """Everything that `bov plan` prints; sizes in bytes, weights and optimizer state in fp32."""
+def make_plan(config: TransformerConfig, budget: BudgetConfig, batch_tokens: int) -> dict:
+    """What a run costs on whatever devices; sizes in bytes."""
     from bov_lightning.model.values import source_class
 
     steps = horizon(budget, config, batch_tokens)
-    counts, groups = count_parameters(config), meta_model(config).grouped_parameters()
-    matrices = sum(p.numel() for p in groups["matrix"])
-    # Muon keeps one moment per weight (its row or column averages are negligible), AdamW two.
-    moments = 2 * counts.live - matrices
+    counts = count_parameters(config)
     cached = [True] * config.n_layer
     if not config.value.add_context and not source_class(config.value.source).value_cache:
         for layer in config.target_layers:
@@ -164,12 +159,6 @@ def make_plan(
         "tokens": steps * batch_tokens,
         "flops": float(flops_per_token(config) * steps * batch_tokens),
         "params": vars(counts),
-        "memory": {
-            "devices": n_device,
-            "weights_bytes": 4 * counts.live // n_device,
-            "gradient_bytes": 4 * counts.live // n_device,
-            "optimizer_bytes": 4 * moments // n_device,
-        },
         "cache": {
             "bytes_per_token": kv_standard - saved,
             "bytes_per_token_standard": kv_standard,

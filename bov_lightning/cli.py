@@ -156,12 +156,18 @@ def _prepare(arguments: list[str]) -> None:
 def _plan(arguments: list[str]) -> None:
     parser = _recipe_parser("plan", "Prints what a recipe costs; trains and allocates nothing.")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--devices", type=int, default=1, help="devices that share the model")
+    parser.add_argument(
+        "--devices", type=int, help="devices of the run; trainer.devices x num_nodes if not given"
+    )
+    parser.add_argument(
+        "--memory", metavar="80GB",
+        help="of a device: a plan that needs more fails; that of this machine's GPUs if not given",
+    )  # fmt: skip
     known, options = parser.parse_known_args(arguments)
     recipe, _, origin = _read_recipe(known.config, options)
     from bov_lightning.plan import print_plan
 
-    print_plan(recipe, origin, known.devices, as_json=known.json)
+    print_plan(recipe, origin, known.devices, known.memory, as_json=known.json)
 
 
 def _submit(arguments: list[str]) -> None:

@@ -1,13 +1,11 @@
 """The LightningModule: loss, bits per byte, optimizer and schedule."""
 
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint as recompute
 
 from bov_lightning.budget import BudgetConfig, horizon
 from bov_lightning.errors import UserError
@@ -16,6 +14,7 @@ from bov_lightning.model.transformer import Transformer
 from bov_lightning.optim.groups import OptimizerConfig, build_groups
 from bov_lightning.optim.muon_adamw import MuonAdamW
 from bov_lightning.optim.schedule import TrainingSchedule
+from bov_lightning.sharding import recompute_activations
 from bov_lightning.strategy import ShardedStrategy
 from evaluation.bits_per_byte import BitsPerByte
 
@@ -83,10 +82,10 @@ class BoVModule(pl.LightningModule):
         sharded = isinstance(strategy, ShardedStrategy)
         with torch.device("meta") if sharded else nullcontext():
             self.model = Transformer(self.config, self.seed)
-        for block in self.model.blocks:
-            if self.recompute_blocks:
-                block.forward = partial(recompute, block.forward, use_reentrant=False)
-            if self.compile_blocks:
+        if self.recompute_blocks:
+            recompute_activations(self.model)
+        if self.compile_blocks:
+            for block in self.model.blocks:
                 block.compile()
         if sharded:
             strategy.build(self.model, self.seed)

@@ -10,15 +10,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bov_lightning import preemption
 from bov_lightning.errors import UserError
 from bov_lightning.model.layers import Initialiser
 from bov_lightning.model.transformer import Transformer
+from bov_lightning.sharding import (
+    PARAM_DTYPES,
+    check_precision,
+    check_replicate,
+    make_mesh,
+    shard,
+    write_part,
+)
 
 
 class ControlGroup:
@@ -104,11 +108,7 @@ class ShardedStrategy(ControlGroup, ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """Starts the process groups; a mesh that the devices cannot form is a `UserError`."""
-        if self.world_size % self.replicate:
-            raise UserError(
-                f"{self.world_size} devices cannot hold {self.replicate} equal copies of the "
-                "model: trainer.strategy.init_args.replicate must divide their number"
-            )
+        check_replicate(self.world_size, self.replicate)
         # Lightning's mesh, which is not ours, must have the size of the world.
         self._data_parallel_size = self.world_size
         super().setup_environment()
@@ -124,10 +124,6 @@ class ShardedStrategy(ControlGroup, ModelParallelStrategy):
         model.to_empty(device=self.root_device)
         model.initialise(Initialiser(seed, write_part))
         return model
-
-
-PARAM_DTYPES = {"32-true": None, "32": None, 32: None, "bf16-mixed": torch.bfloat16}
-"""What trainer.precision means under FSDP2: the dtype of gathered parameters and activations."""
 
 
 def choose_strategy(strategy: Any, precision: Any) -> tuple[Strategy, Any]:
@@ -147,45 +143,6 @@ def choose_strategy(strategy: Any, precision: Any) -> tuple[Strategy, Any]:
         )
     if isinstance(strategy, ReplicatedStrategy):
         return strategy, precision
-    if precision not in (None, *PARAM_DTYPES):
-        options = ", ".join(str(name) for name in PARAM_DTYPES)
-        raise UserError(f"trainer.precision {precision} is not supported by fsdp: use {options}")
+    check_precision(precision)
     strategy.param_dtype = PARAM_DTYPES.get(precision)
     return strategy, "32-true"
-
-
-def make_mesh(device_type: str, world_size: int, replicate: int) -> DeviceMesh:
-    """One dimension, ``shard``, or with copies two: ``replicate`` and ``shard``."""
-    if replicate == 1:
-        return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
-    shape = (replicate, world_size // replicate)
-    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
-
-
-def shard(model: Transformer, mesh: DeviceMesh, param_dtype: torch.dtype | None) -> None:
-    """Makes each value table, each block, the embedding and the head an FSDP2 unit of its own.
-
-    A table in its block's unit would be gathered, and its gradient reduced, together with the
-    block's matrices, in one huge buffer.
-    """
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
-    for block in model.blocks:
-        source = block.attention.value.source
-        if source is not None and any(True for _ in source.parameters()):
-            fully_shard(source, mesh=mesh, mp_policy=policy)
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    for part in (model.embedding, model.head, model):
-        fully_shard(part, mesh=mesh, mp_policy=policy)
-
-
-@torch.no_grad()
-def write_part(parameter: Tensor, whole: Tensor) -> None:
-    """Copies this rank's rows of a whole CPU tensor into a parameter, sharded or not."""
-    if isinstance(parameter, DTensor):
-        own = distribute_tensor(
-            whole.to(parameter.device), parameter.device_mesh, parameter.placements,
-            src_data_rank=None,
-        )  # fmt: skip
-        parameter.to_local().copy_(own.to_local())
-    else:
-        parameter.copy_(whole)

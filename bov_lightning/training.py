@@ -343,7 +343,7 @@ def fit(recipe: Recipe, settings: dict, origin: str) -> None:
     trainer, module = cli.trainer, cli.model
     config_yaml = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
     run_files.config_yaml = checkpointer.config_yaml = config_yaml
-    run_files.figures = make_plan(config, recipe.model.budget, batch.tokens, trainer.world_size)
+    run_files.figures = make_plan(config, recipe.model.budget, batch.tokens)
 
     n_micro = accumulation(batch.tokens, batch.micro, config.sequence_len, trainer.world_size)
     trainer.accumulate_grad_batches = n_micro

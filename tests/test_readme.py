@@ -15,6 +15,7 @@ from bov_lightning.recipe import Recipe, build, check_keys
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 DATA = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
+MEMORY = (REPOSITORY / "docs" / "memory.md").read_text(encoding="utf-8")
 CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
@@ -48,7 +49,7 @@ def test_readme_commands_run(workplace, capsys):
     assert "val_bpb" in capsys.readouterr().out
     assert (workplace / "runs" / "quickstart-standard").is_dir()
 
-    for line in commands(DATA):
+    for line in (*commands(DATA), *commands(MEMORY)):
         assert main(shlex.split(line)[1:]) == 0, line
 
     (snippet,) = blocks(README, "python")

@@ -1,0 +1,87 @@
+"""Prints the bytes that training takes on a rank of its own: a process for tests/test_memory.py.
+
+    python measure_memory.py RANK WORLD_SIZE PORT RECIPE.json
+
+What is measured is the resident memory of the process at its highest (VmHWM), less what it was
+before the model was made. A tiny model has been trained by then, so that all libraries are loaded.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from bov_lightning.budget import accumulation
+from bov_lightning.memory import Layout, read_layout
+from bov_lightning.model.layers import Initialiser
+from bov_lightning.model.transformer import Transformer
+from bov_lightning.optim.groups import build_groups
+from bov_lightning.optim.muon_adamw import MuonAdamW
+from bov_lightning.recipe import Recipe, build, merge
+from bov_lightning.sharding import make_mesh, recompute_activations, shard, write_part
+
+N_STEP = 2
+
+
+def resident(key: str) -> int:
+    """VmRSS, or VmHWM: the most since `forget_highest`; bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+def forget_highest() -> None:
+    """Lets VmHWM start from what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def train(recipe: Recipe, layout: Layout) -> None:
+    """A few steps as `bov fit` takes them, on random tokens."""
+    config, batch = recipe.model.config, recipe.batch
+    n_micro = accumulation(batch.tokens, batch.micro, config.sequence_len, layout.world_size)
+    dtype = torch.bfloat16 if layout.half else None
+    with torch.device("meta"):
+        model = Transformer(config)
+    if recipe.activation_checkpointing:
+        recompute_activations(model)
+    if layout.sharded and (layout.world_size > 1 or layout.half):
+        shard(model, make_mesh("cpu", layout.world_size, layout.replicate), dtype)
+    model.to_empty(device="cpu")
+    model.initialise(Initialiser(0, write_part))
+    network = model if layout.sharded else torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = MuonAdamW(build_groups(model, recipe.model.optimizer, config, batch.tokens))
+    for _ in range(N_STEP):
+        for micro_step in range(n_micro):
+            rows = torch.randint(config.vocab_size, (batch.micro, config.sequence_len + 1))
+            with torch.autocast("cpu", dtype, enabled=layout.half and not layout.sharded):
+                loss = network(rows[:, :-1], rows[:, 1:])
+            if micro_step == 0:
+                optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+
+
+def main() -> None:
+    rank, world, port, path = sys.argv[1:]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=int(rank), world_size=int(world))
+    settings = json.loads(Path(path).read_text())
+    shape = {"d_model": 64, "vocab_size": 128, "sequence_len": 16}
+    tiny = merge(settings, {"model": {"config": shape}, "batch": {"tokens": 64, "micro": 1}})
+    for part in (tiny, settings):
+        recipe = build(Recipe, part, path)
+        before = resident("VmRSS")
+        forget_highest()
+        train(recipe, read_layout(recipe.trainer, int(world)))
+    print(resident("VmHWM") - before)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
