@@ -10,12 +10,13 @@ export PYTHONNOUSERSITE := 1
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help install quickstart test test-fast lint format
+.PHONY: help install quickstart test test-fast soak lint format
 
 help:
 	@echo "make quickstart   train, validate and sample a small model (about 5 minutes on 2 cores)"
 	@echo "make test         run every test that this machine can run"
 	@echo "make test-fast    run the tests that take under a minute"
+	@echo "make soak         kill one run at 30 random moments, and compare it with an undisturbed one"
 	@echo "make lint         check style; make format puts it right"
 
 install: $(VENV)/installed
@@ -34,12 +35,18 @@ quickstart: install
 	$(BIN)/bov generate runs/quickstart --prompt "def read(self, path):" --max-new-tokens 80
 	@echo "--- the run lies in runs/quickstart"
 
-# Two processes with one thread each: the tests train tiny models.
+# Two processes with one thread each: the tests train tiny models. Those that start several
+# processes themselves, and the drills on a SLURM cluster, have the machine to themselves.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not distributed and not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "distributed or slurm"
 
 test-fast: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not distributed and not slurm"
+
+# kill -9 at 30 random moments of one run, half of them during a save (about 10 minutes).
+soak: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -272,8 +272,8 @@ def _as_on_cuda() -> Iterator[None]:
 class _StorageTracker(TorchDispatchMode):
     """Counts the bytes of all living storages that operations make, by kind.
 
-    torch.distributed._tools.mem_tracker does the same by module; it knows neither value tables nor
-    DTensors' gradients, and is several times slower.
+    torch.distributed._tools.mem_tracker does the same by module, but knows neither value tables nor
+    DTensors' gradients.
     """
 
     def __init__(self, fake_mode: FakeTensorMode):

@@ -15,6 +15,7 @@ from bov_lightning.recipe import Recipe, build, check_keys
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 DATA = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
+CLUSTERS = (REPOSITORY / "docs" / "clusters.md").read_text(encoding="utf-8")
 MEMORY = (REPOSITORY / "docs" / "memory.md").read_text(encoding="utf-8")
 CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
@@ -45,11 +46,23 @@ def test_readme_commands_run(workplace, capsys):
         arguments = shlex.split(line)[1:]
         if arguments[0] == "fit":
             arguments += ["--model.budget.steps", "2", "--validation.tokens", "2048"]
-        assert main(arguments) == 0, line
+        if "--trainer.devices" in arguments:
+            # Twice: it starts, and it resumes. Several processes repeat the command line.
+            command = [sys.executable, "-m", "bov_lightning.cli", *arguments]
+            for steps in ("2", "3"):
+                again = [*command, "--model.budget.steps", steps]
+                result = subprocess.run(again, capture_output=True, text=True, check=True)
+            assert "resuming runs/two from step 2" in result.stderr
+            assert "val_bpb" in result.stdout
+        else:
+            assert main(arguments) == 0, line
     assert "val_bpb" in capsys.readouterr().out
     assert (workplace / "runs" / "quickstart-standard").is_dir()
 
-    for line in (*commands(DATA), *commands(MEMORY)):
+    for line in (*commands(DATA), *commands(MEMORY), *commands(CLUSTERS)):
+        # Those of a cluster need one, and GPUs; tests/slurm and tests/test_distributed.py run them.
+        if line in commands(CLUSTERS) and "--dry-run" not in line:
+            continue
         assert main(shlex.split(line)[1:]) == 0, line
 
     (snippet,) = blocks(README, "python")
@@ -83,9 +96,9 @@ def test_data_snippets_name_classes_and_arguments_that_exist():
 
 
 def test_links_to_files_exist():
-    for text in (README, CONTRIBUTING):
+    for folder, text in ((".", README), (".", CONTRIBUTING), ("docs", CLUSTERS)):
         for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
-            assert (REPOSITORY / target).exists(), target
+            assert (REPOSITORY / folder / target).exists(), target
 
 
 def test_worked_example_of_a_value_source(tmp_path):
