@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningCLI
 from rich.console import Console
 
@@ -23,6 +23,7 @@ from bov_lightning.progress import MetricsCSV, Reporter, TensorBoardEvents
 from bov_lightning.recipe import (
     BatchConfig,
     CheckpointConfig,
+    EvaluationConfig,
     Recipe,
     RunConfig,
     ValidationConfig,
@@ -79,6 +80,7 @@ class RecipeCLI(LightningCLI):
         parser.add_class_arguments(RunConfig, "run")
         parser.add_class_arguments(CheckpointConfig, "checkpoint")
         parser.add_class_arguments(ValidationConfig, "validation")
+        parser.add_class_arguments(EvaluationConfig, "evaluation")
         parser.add_argument("--seed", type=int, default=Recipe.seed)
         parser.add_argument("--compile", type=bool, default=Recipe.compile)
         parser.add_argument(
@@ -267,6 +269,15 @@ def _plain(value: Any) -> Any:
     return asdict(value) if is_dataclass(value) else value
 
 
+def _evaluator(run: Path, recipe: Recipe) -> list[Callback]:
+    """The benchmarks' callback, where there are any: lm-eval takes seconds to import."""
+    if not recipe.evaluation.tasks:
+        return []
+    from evaluation.callback import Evaluator
+
+    return [Evaluator(run, recipe.evaluation, recipe.checkpoint.every_steps)]
+
+
 def fit(recipe: Recipe, settings: dict, origin: str) -> None:
     """Trains the recipe, or continues the run of its name, and prints val_bpb at the end.
 
@@ -295,7 +306,7 @@ def fit(recipe: Recipe, settings: dict, origin: str) -> None:
             recipe,
             loggers,
             [checkpoint_io],
-            [run_files, reporter, Checkpointer(run, recipe.checkpoint)],
+            [run_files, reporter, Checkpointer(run, recipe.checkpoint), *_evaluator(run, recipe)],
         ),
         origin,
     )

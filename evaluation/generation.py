@@ -7,7 +7,7 @@ import torch
 from lm_eval.api.instance import Instance
 from torch import Tensor
 
-from evaluation.ranks import EvaluationInterrupted
+from evaluation.ranks import EvaluationInterruptedError
 
 if TYPE_CHECKING:
     from evaluation.lm import BatchedLM
@@ -115,7 +115,7 @@ def _generate_batch(lm: "BatchedLM", batch: list[Continuation]) -> None:
         if flags[0]:
             lm.ranks.agree(error)
         if flags[1]:
-            raise EvaluationInterrupted("stopped while generating")
+            raise EvaluationInterruptedError("stopped while generating")
         if not flags[2]:
             return
 

@@ -1,9 +1,9 @@
 """The language model that lm-eval talks to: exact scores, no token computed twice.
 
-The rows of one document (the choices of a question) share their longest common prefix: it is computed
-once, and its cache is continued by every choice. Choices of one token need nothing more than the
-prefix. Rows of all tasks are sorted by length and batched by a budget of tokens; the head is applied
-at scored positions alone.
+The rows of one document (the choices of a question) share their longest common prefix: it is
+computed once, and its cache is continued by every choice. Choices of one token need nothing more
+than the prefix. Rows of all tasks are sorted by length and batched by a budget of tokens; the head
+is applied at scored positions alone.
 
 Every rank is given all requests, takes its share, and all get all results: that needs nothing of
 lm-eval's own distribution, which fails with more ranks than rows. All ranks make equally many calls
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from evaluation.backends import Backend
 from evaluation.encoding import Counts, Encoder, Row, crop
-from evaluation.ranks import EvaluationInterrupted, Ranks
+from evaluation.ranks import EvaluationInterruptedError, Ranks
 from evaluation.scorer import PromptInstance, Score
 
 DEFAULT_BUDGET = 8192
@@ -326,7 +326,11 @@ class BatchedLM(LM):
     # All ranks together.
 
     def _score(
-        self, keys: list[tuple], sizes: list[int], encode: Callable[[list[int]], list[Group]], n: int
+        self,
+        keys: list[tuple],
+        sizes: list[int],
+        encode: Callable[[list[int]], list[Group]],
+        n: int,
     ) -> list:
         """Scores documents; the answers to all ``n`` requests, on every rank.
 
@@ -386,8 +390,8 @@ class BatchedLM(LM):
         """Takes all steps, each together with every other rank, idling where there are none left.
 
         Raises:
-            EvaluationInterrupted: `should_stop` said so on some rank.
-            EvaluationFailed: another rank failed.
+            EvaluationInterruptedError: `should_stop` said so on some rank.
+            EvaluationFailedError: another rank failed.
         """
         n_round = int(self.ranks.maximum([n_step])[0])
         before = self._finished
@@ -405,7 +409,9 @@ class BatchedLM(LM):
             if failed:
                 self.ranks.agree(error)
             if stopped:
-                raise EvaluationInterrupted(f"stopped after {self._finished} of {self._total} rows")
+                raise EvaluationInterruptedError(
+                    f"stopped after {self._finished} of {self._total} rows"
+                )
             self._finished = before + round(n_document * (i + 1) / n_round)
             self.progress(self._finished, self._total)
         next(steps, None)  # lets the last batch be accounted for

@@ -14,11 +14,11 @@ TIMEOUT = timedelta(hours=2)
 """One rank may still tokenise or write while the others wait."""
 
 
-class EvaluationInterrupted(Exception):
+class EvaluationInterruptedError(Exception):
     """An evaluation was asked to stop; all ranks raise it after the same batch."""
 
 
-class EvaluationFailed(RuntimeError):
+class EvaluationFailedError(RuntimeError):
     """An evaluation failed on some rank; all ranks raise it, with the message of the first."""
 
 
@@ -86,6 +86,6 @@ class Ranks:
         if error is not None:
             raise error
         rank, (kind, message) = next((r, m) for r, m in enumerate(messages) if m is not None)
-        if issubclass(kind, UserError | EvaluationInterrupted):
+        if issubclass(kind, UserError | EvaluationInterruptedError):
             raise kind(message)
-        raise EvaluationFailed(f"rank {rank}: {kind.__name__}: {message}")
+        raise EvaluationFailedError(f"rank {rank}: {kind.__name__}: {message}")

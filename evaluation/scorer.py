@@ -6,7 +6,6 @@ the paper's authors score. Any other lm-eval model gets the usual pair (context,
 where the choices' texts part ways.
 """
 
-import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -59,7 +58,9 @@ class PromptInstance(Instance):
 
 def common_prefix(texts: list[str]) -> int:
     """How many characters all texts begin with."""
-    return len(os.path.commonprefix(texts))
+    shortest, longest = min(texts), max(texts)  # by order: what these two share, all share
+    same = (a == b for a, b in zip(shortest, longest, strict=False))
+    return next((i for i, equal in enumerate(same) if not equal), min(map(len, texts)))
 
 
 def _word_start(text: str, end: int) -> int:
@@ -73,7 +74,8 @@ class CoreTask(Task):
     """One CORE task; ``config`` is what its YAML file holds.
 
     Keys of ``config["metadata"]``: ``kind``, ``delimiter``, ``baseline`` {v1, v2}, ``file``,
-    ``sha256``; and, from ``TaskManager(metadata=...)`` or ``lm_eval --metadata``, ``data_dir``,
+    ``sha256``, ``directory`` (which of the next keys names its directory). From
+    ``TaskManager(metadata=...)`` or ``lm_eval --metadata``: ``data_dir``, ``heldout_dir``,
     ``max_per_task`` and the tokenizer's name (``tokenizer`` or ``pretrained``).
     """
 
@@ -93,15 +95,18 @@ class CoreTask(Task):
         self.kind, self.delimiter = metadata["kind"], metadata["delimiter"]
         self.baseline = metadata["baseline"]
         self._instances = None
-        rows = read_rows(metadata.get("data_dir"), metadata["file"], metadata.get("sha256"))
+        directory = metadata.get(metadata.get("directory", "data_dir"))
+        if "directory" in metadata and directory is None:
+            raise UserError(
+                f"{config['task']} is made of a run's held-out documents: evaluate a run with it"
+            )
+        rows = read_rows(directory, metadata["file"], metadata.get("sha256"))
         random.Random(SHUFFLE_SEED).shuffle(rows)
         limit = metadata.get("max_per_task")
         if limit is not None and int(limit) < 1:
             raise UserError(f"max_per_task is {limit}: at least 1")
         self.n_total = len(rows)
-        self._docs = [
-            {"index": i, **row} for i, row in enumerate(rows[: limit and int(limit)])
-        ]
+        self._docs = [{"index": i, **row} for i, row in enumerate(rows[: limit and int(limit)])]
         self.n_shot = min(config["num_fewshot"], len(self._docs) - 1)
         self._filters = _take_first()
 
