@@ -7,8 +7,9 @@ where the choices' texts part ways.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from lm_eval.api.instance import Instance
@@ -18,6 +19,7 @@ from lm_eval.config.task import TaskConfig
 
 from bov_lightning.errors import UserError
 from evaluation.data import read_rows
+from evaluation.encoding import Encoder
 
 SHUFFLE_SEED = 1337
 FEWSHOT_SEED = 1234
@@ -95,6 +97,12 @@ class CoreTask(Task):
         self.kind, self.delimiter = metadata["kind"], metadata["delimiter"]
         self.baseline = metadata["baseline"]
         self._instances = None
+        self._measures: dict[int, list[tuple[int, int]]] = {}
+        self._encoder: Encoder | None = None
+        if name := metadata.get("tokenizer") or metadata.get("pretrained"):
+            from transformers import AutoTokenizer
+
+            self._encoder = Encoder(AutoTokenizer.from_pretrained(name))
         directory = metadata.get(metadata.get("directory", "data_dir"))
         if "directory" in metadata and directory is None:
             raise UserError(
@@ -177,11 +185,34 @@ class CoreTask(Task):
         """One request per choice, or one for the continuation."""
         prompts = self.prompts(doc)
         head = "".join(prompts.blocks)
+        pairs = [(head + before, after) for before, after in self._pairs(prompts)]
+        if self._encoder is not None:
+            pairs = self._exact_pairs(prompts, pairs)
+        self._measures[doc["index"]] = [(len(after.encode()), 0) for _, after in pairs]
+        if self._encoder is not None:
+            rows = self._encoder.rows(prompts)
+            counts = [(self._encoder.n_byte(row), len(row.ids) - row.start) for row in rows]
+            self._measures[doc["index"]] = counts
+        contexts: dict[str, str] = {}  # one object for all choices
+        return [
+            PromptInstance(
+                request_type="loglikelihood",
+                doc=doc,
+                arguments=(contexts.setdefault(context, context), continuation),
+                idx=i,
+                metadata=(self.config.task, doc_id, 1),
+                prompts=prompts,
+            )
+            for i, (context, continuation) in enumerate(pairs)
+        ]
+
+    def _pairs(self, prompts: Prompts) -> list[tuple[str, str]]:
+        """Every item, cut into context and continuation without knowing the tokenizer."""
         items = prompts.items
         if self.kind == "language_modeling":
             without, with_ = items
-            pairs = [(without, with_[len(without) :])]
-        elif self.kind == "schema":
+            return [(without, with_[len(without) :])]
+        if self.kind == "schema":
             shared = common_prefix([item[::-1] for item in items])
             pairs = []
             for item in items:
@@ -189,21 +220,24 @@ class CoreTask(Task):
                 while start < len(item) and not item[start].isspace():
                     start += 1
                 pairs.append((item[:start], item[start:]))
-        else:
-            start = _word_start(items[0], common_prefix(list(items)))
-            pairs = [(item[:start], item[start:]) for item in items]
-        contexts: dict[str, str] = {}  # one object for all choices
-        return [
-            PromptInstance(
-                request_type="loglikelihood",
-                doc=doc,
-                arguments=(contexts.setdefault(context, head + context), continuation),
-                idx=i,
-                metadata=(self.config.task, doc_id, 1),
-                prompts=prompts,
-            )
-            for i, (context, continuation) in enumerate(pairs)
-        ]
+            return pairs
+        start = _word_start(items[0], common_prefix(list(items)))
+        return [(item[:start], item[start:]) for item in items]
+
+    def _exact_pairs(
+        self, prompts: Prompts, inexact: list[tuple[str, str]]
+    ) -> list[tuple[str, str]]:
+        """Texts that another model of this tokenizer cuts at the very token, BOS in front."""
+        decode = partial(self._encoder.tokenizer.decode, clean_up_tokenization_spaces=False)
+        bos = decode(self._encoder.bos.tolist())
+        pairs = []
+        for row, (before, after) in zip(self._encoder.rows(prompts), inexact, strict=True):
+            whole = decode(row.ids.tolist())
+            context = decode(row.ids[: row.start].tolist())
+            # A character whose bytes lie in tokens on both sides cannot be cut.
+            lossless = whole == bos + before + after and whole.startswith(context)
+            pairs.append((context, whole[len(context) :]) if lossless else (bos + before, after))
+        return pairs
 
     def process_results(self, doc: dict, results: list) -> dict[str, float]:
         """Whether the row is right, and that centred on the baseline, under every protocol.
@@ -214,9 +248,9 @@ class CoreTask(Task):
         if self.kind == "language_modeling":
             correct = by_token = float(results[0][1])
         else:
-            correct = float(_argmin(results, self._bytes(doc, results)) == doc["gold"])
-            counts = [r.n_token if isinstance(r, Score) else 0 for r in results]
-            by_token = float(_argmin(results, counts) == doc["gold"]) if any(counts) else None
+            n_byte, n_token = zip(*self._counts(doc, results), strict=True)
+            correct = float(_argmin(results, n_byte) == doc["gold"])
+            by_token = float(_argmin(results, n_token) == doc["gold"]) if any(n_token) else None
         metrics = {"acc": correct, "centered": self._centred(correct, "v1")}
         if by_token is not None:
             metrics["acc_token"] = by_token
@@ -224,11 +258,11 @@ class CoreTask(Task):
                 metrics[f"centered_dclm_{version}"] = self._centred(by_token, version)
         return metrics
 
-    def _bytes(self, doc: dict, results: list) -> list[int]:
+    def _counts(self, doc: dict, results: list) -> list[tuple[int, int]]:
+        """Bytes and tokens (0: not known) of every choice."""
         if all(isinstance(result, Score) for result in results):
-            return [result.n_byte for result in results]
-        instances = self.construct_requests(doc, doc["index"])
-        return [len(instance.args[1].encode()) for instance in instances]
+            return [(result.n_byte, result.n_token) for result in results]
+        return self._measures[doc["index"]]
 
     def _centred(self, correct: float, version: str) -> float:
         baseline = self.baseline[version]
@@ -244,7 +278,7 @@ class CoreTask(Task):
         return dict.fromkeys(self.aggregation(), True)
 
 
-def _argmin(results: list, counts: list[int]) -> int:
+def _argmin(results: list, counts: Sequence[int]) -> int:
     """The choice of the lowest nats per unit, the first of several; none where nothing counts."""
     costs = [
         -result[0] / count if count else float("inf")
