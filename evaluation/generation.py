@@ -99,7 +99,9 @@ def _generate_batch(lm: "BatchedLM", batch: list[Continuation]) -> None:
     cache: Any = None
     new = [text.ids for text in batch]
     if batch and lm.backend.shares_prefix:
-        cache = lm.backend.new_cache(len(batch), max(len(t.ids) + t.limit for t in batch))
+        # A finished row is fed on, beyond its own limit.
+        room = max(len(text.ids) for text in batch) + max(text.limit for text in batch)
+        cache = lm.backend.new_cache(len(batch), room)
     while True:
         error = None
         try:

@@ -39,7 +39,25 @@ def tasks_folder(tmp_path_factory) -> Path:
     """Three tasks, one of each kind, and their data; choices of one token and of many."""
     folder = tmp_path_factory.mktemp("tasks")
     draw = random.Random(0)
-    words = ["a", "the", "parser", "argument", "of", "is", "not", "in", "option", "value", "—", "naïve", "é", "x", "y", "z", "help"]
+    words = [
+        "a",
+        "the",
+        "parser",
+        "argument",
+        "of",
+        "is",
+        "not",
+        "in",
+        "option",
+        "value",
+        "—",
+        "naïve",
+        "é",
+        "x",
+        "y",
+        "z",
+        "help",
+    ]
 
     def text(low: int, high: int) -> str:
         return " ".join(draw.choices(words, k=draw.randint(low, high)))

@@ -100,7 +100,7 @@ def test_models_in_which_documents_end_at_bos_are_scored_alike(tokenizer, benchm
 
 
 def test_every_token_of_the_prefix_is_computed_once(tokenizer, benchmarks):
-    model, backend = ours()
+    model, _ = ours()
     fed = []
 
     class Counting(TransformerBackend):
@@ -189,7 +189,7 @@ def test_generated_text_is_what_the_whole_context_gives(make, tokenizer):
 
 
 def test_stop_sequences_and_sampling(tokenizer):
-    model, backend = ours()
+    _, backend = ours()
     lm = BatchedLM(backend, tokenizer)
     with torch.no_grad():
         free, stopped, *sampled = lm.generate_until(requests("generate_until", [
