@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from evaluation.scorer import CoreTask
 
 TASKS = Path(__file__).parent / "tasks"
 """The folder for ``lm_eval --include_path``."""
+OURS = ("core_", "heldout")
+"""What the names of our tasks begin with."""
 FEWSHOT_SEED = 1234
 """What lm-eval's own command line seeds the few-shot examples of its tasks with."""
 BOOTSTRAP = 1000
@@ -74,10 +77,10 @@ class Runtime:
     ranks: Ranks = field(default_factory=Ranks)
 
 
+@lru_cache(maxsize=4)
 def _manager(benchmarks: Benchmarks, include_defaults: bool) -> TaskManager:
     metadata = {"data_dir": benchmarks.data_dir, "max_per_task": benchmarks.max_per_task,
                 "heldout_dir": benchmarks.heldout_dir}  # fmt: skip
-    # lm-eval logs what it overrides; its thousands of YAML files are read only when needed.
     paths = [TASKS, *([Path(benchmarks.include_path)] if benchmarks.include_path else [])]
     return TaskManager(
         include_path=paths,
@@ -97,7 +100,9 @@ def load_tasks(benchmarks: Benchmarks) -> dict[str, dict]:
     if benchmarks.include_path and not Path(benchmarks.include_path).is_dir():
         raise UserError(f"--include-path {benchmarks.include_path} is no folder")
     manager = _manager(benchmarks, include_defaults=False)
-    if set(benchmarks.tasks) - set(manager.all_tasks):
+    foreign = set(benchmarks.tasks) - set(manager.all_tasks)
+    if foreign and not any(name.startswith(OURS) for name in foreign):
+        # lm-eval's own thousands of YAML files take it half a minute to read.
         manager = _manager(benchmarks, include_defaults=True)
     loaded: dict[str, dict] = {"tasks": {}, "groups": {}}
     for name in benchmarks.tasks:
@@ -118,7 +123,7 @@ def load_tasks(benchmarks: Benchmarks) -> dict[str, dict]:
 
 
 def _unknown_task(name: str, known: list[str]) -> UserError:
-    ours = [k for k in known if k.startswith(("core_", "heldout"))]
+    ours = [k for k in known if k.startswith(OURS)]
     close = difflib.get_close_matches(name, ours, n=2, cutoff=0.6)
     close += [k for k in ours if k == f"core_{name}" and k not in close]
     close += [k for k in difflib.get_close_matches(name, known, n=3) if k not in close]

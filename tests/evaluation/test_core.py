@@ -135,7 +135,11 @@ def test_protocols_differ_in_units_and_baselines(shared):
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("core_arceasy", "core_arc_easy"), ("core_papr", "core_paper"), ("hellaswagg", "hellaswag")],
+    [
+        ("core_arceasy", "core_arc_easy"),
+        ("core_papr", "core_paper"),
+        pytest.param("hellaswagg", "hellaswag", marks=pytest.mark.slow),
+    ],
 )
 def test_unknown_tasks_name_the_nearest(name, hint):
     with pytest.raises(UserError, match=f"unknown task '{name}'.*{hint}"):
