@@ -1,7 +1,5 @@
 """Benchmarks during training, on all ranks, without a trace in the training itself."""
 
-import hashlib
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +15,7 @@ from evaluation import claims
 from evaluation.backends import TransformerBackend
 from evaluation.heldout import needs_heldout, write_from_data
 from evaluation.ranks import EvaluationInterruptedError, Ranks
-from evaluation.report import aggregate_metric
+from evaluation.report import headline
 from evaluation.results import (
     EVAL,
     HELDOUT,
@@ -44,26 +42,6 @@ def benchmarks_of(config: EvaluationConfig, run_directory: Path) -> Benchmarks:
         heldout_dir=str(run_directory / EVAL / HELDOUT),
         time_limit=config.time_limit,
     )
-
-
-def claim_name(step: int, settings: dict[str, Any]) -> str:
-    """The same for all who would evaluate the same step in the same way."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    return f"step-{step:08d}-{digest[:12]}"
-
-
-def claims_directory(run_directory: Path) -> Path:
-    """Where the claims of a run lie."""
-    return run_directory / EVAL / "claims"
-
-
-def headline(results: dict[str, Any]) -> str:
-    """The numbers of one evaluation in one line: groups that have a mean, and single tasks."""
-    found = metrics(results)
-    groups = [g for g in results.get("group_subtasks", {}) if aggregate_metric(results, g)]
-    inside = {t for g in groups for t in results["group_subtasks"][g]}
-    names = [n for n in found if n.removeprefix("eval/") not in inside]
-    return "  ".join(f"{name.removeprefix('eval/')} {found[name]:.4f}" for name in names)
 
 
 class Evaluator(Callback):
@@ -144,9 +122,7 @@ class Evaluator(Callback):
         def claimed() -> str:
             nonlocal claim
             if trainer.is_global_zero and not is_done(directory, settings):
-                claim = claims.take(
-                    claims_directory(self.run_directory), claim_name(step, settings)
-                )
+                claim = claims.take(*claims.of_step(self.run_directory, step, settings))
                 return "mine" if claim else "elsewhere"
             return "done"
 

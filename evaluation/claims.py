@@ -5,6 +5,7 @@ and on shared file systems. The owner touches its file. One that has not been to
 or whose process is gone, is dead, and whoever creates the next generation takes over.
 """
 
+import hashlib
 import json
 import os
 import socket
@@ -12,8 +13,16 @@ import threading
 import time
 from pathlib import Path
 
+from evaluation.results import EVAL
+
 STALE_AFTER_S = 60.0
 """Without a sign of life for so long, an owner counts as dead."""
+
+
+def of_step(run: Path, step: int, settings: dict) -> tuple[Path, str]:
+    """Directory and name of a claim: the same for all who would evaluate a step in the same way."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return run / EVAL / "claims", f"step-{step:08d}-{digest[:12]}"
 
 
 def _identity() -> dict[str, str | int]:

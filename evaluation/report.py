@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from evaluation.results import metrics
+
 N_RESAMPLE = 10_000
 SEED = 0
 LEVEL = (2.5, 97.5)
@@ -116,9 +118,8 @@ def _task_lines(name: str, values: dict[str, Any], results: dict[str, Any]) -> l
             f"{head}{values['acc,none']:>10.4f}{_number(values.get('acc_stderr,none')):>8}"
             f"{baseline['v1']:>8.3f}{values['centered,none']:>9.4f}"
         ]
-    metrics = [k for k in values if "," in k and "_stderr" not in k]
     lines = []
-    for key in metrics:
+    for key in (k for k in values if "," in k and "_stderr" not in k):
         metric, _, kind = key.partition(",")
         label = metric if kind == "none" else f"{metric} ({kind})"
         stderr = _number(values.get(f"{metric}_stderr,{kind}"))
@@ -175,6 +176,15 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any], names: tuple[str, str]
     if any(group in PROTOCOLS for group in ours.get("groups", {})):
         lines.append(f"note: {NOISE}")
     return "\n".join(lines)
+
+
+def headline(results: dict[str, Any]) -> str:
+    """The numbers of one evaluation in one line: groups that have a mean, and single tasks."""
+    found = metrics(results)
+    groups = [g for g in results.get("group_subtasks", {}) if aggregate_metric(results, g)]
+    inside = {t for g in groups for t in leaf_tasks(results, g)}
+    names = [n for n in found if n.removeprefix("eval/") not in inside]
+    return "  ".join(f"{name.removeprefix('eval/')} {found[name]:.4f}" for name in names)
 
 
 def _difference(name: str, n_row: int, interval: Interval) -> str:

@@ -7,11 +7,10 @@ from typing import Any
 
 from bov_lightning.checkpoint import complete_checkpoints, read_marker
 from bov_lightning.errors import UserError
-from bov_lightning.progress import TensorBoardEvents
 from bov_lightning.recipe import Recipe, build, check_keys, read_yaml
 from evaluation import claims
-from evaluation.callback import claim_name, claims_directory, headline
 from evaluation.ranks import EvaluationInterruptedError
+from evaluation.report import headline
 from evaluation.results import (
     is_done,
     metrics,
@@ -61,6 +60,9 @@ class Watcher:
         self.run, self.settings, self.evaluate = run, settings, evaluate
         self.report, self.should_stop = report, should_stop
         self.poll_s, self.stale_after_s = poll_s, stale_after_s
+        # Imports Lightning, which takes seconds that evaluating without watching need not pay.
+        from bov_lightning.progress import TensorBoardEvents
+
         self.events = TensorBoardEvents(run)
         self.gone: set[int] = set()
 
@@ -94,8 +96,8 @@ class Watcher:
 
     def _try(self, step: int, checkpoint: Path) -> bool:
         """Evaluates a checkpoint, unless somebody else does; whether it did."""
-        name = claim_name(step, self.settings)
-        claim = claims.take(claims_directory(self.run), name, self.stale_after_s)
+        where = claims.of_step(self.run, step, self.settings)
+        claim = claims.take(*where, self.stale_after_s)
         if claim is None:
             return False
         with claim:
