@@ -126,11 +126,11 @@ class EvaluationConfig:
     """Whether to download CORE files that are missing (checksums are verified either way)."""
     include_path: str | None = None
     """A folder of further lm-eval tasks."""
-    batch_tokens: int = 8192
+    tokens_per_forward: int = 8192
     """Tokens per device and forward pass."""
 
     def __post_init__(self):
-        for name in ("every_steps", "max_per_task", "batch_tokens"):
+        for name in ("every_steps", "max_per_task", "tokens_per_forward"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"evaluation.{name} is {getattr(self, name)}: at least 1")
         if self.time_limit is not None and self.time_limit <= 0:

@@ -145,7 +145,7 @@ class Evaluator(Callback):
         reporter = next((c for c in trainer.callbacks if isinstance(c, Reporter)), None)
         shown = _Progress(reporter, self.console, step, trainer.is_global_zero)
         runtime = Runtime(
-            budget=self.config.batch_tokens, should_stop=self.should_stop,
+            budget=self.config.tokens_per_forward, should_stop=self.should_stop,
             progress=shown.update, ranks=self.ranks,
         )  # fmt: skip
         try:

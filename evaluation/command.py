@@ -136,7 +136,7 @@ class Command:
             raise UserError(
                 f"--device {options['device']}: this machine has no usable GPU; use --device cpu"
             )
-        for name in ("max_per_task", "batch_tokens", "time_limit"):
+        for name in ("max_per_task", "tokens_per_forward", "time_limit"):
             if options[name] is not None and options[name] <= 0:
                 raise UserError(f"--{name.replace('_', '-')} is {options[name]}: more than 0")
         self.device = _join_ranks(options["device"])
@@ -166,7 +166,7 @@ class Command:
         model, backend, tokenizer = self.ranks.together(lambda: self._load(path))
         bar = _Bar(self.console, Path(path).name, self.ranks.rank == 0)
         runtime = Runtime(
-            budget=self.options["batch_tokens"], should_stop=lambda: bool(_stopped),
+            budget=self.options["tokens_per_forward"], should_stop=lambda: bool(_stopped),
             progress=bar.update, ranks=self.ranks,
         )  # fmt: skip
         with bar.progress:

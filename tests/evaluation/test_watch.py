@@ -138,7 +138,7 @@ def test_checkpoint_that_vanishes_while_it_is_read(finished_run, tasks_folder):
     command = Command({
         "checkpoint": str(finished_run), "tasks": list(TASKS), "max_per_task": None,
         "data_dir": str(tasks_folder), "include_path": str(tasks_folder), "time_limit": None,
-        "batch_tokens": 8192, "device": "cpu", "dtype": "float32",
+        "tokens_per_forward": 8192, "device": "cpu", "dtype": "float32",
     })  # fmt: skip
     assert replace(command.benchmarks).settings == SETTINGS
 
