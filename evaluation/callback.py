@@ -1,5 +1,6 @@
 """Benchmarks during training, on all ranks, without a trace in the training itself."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +57,9 @@ class Evaluator(Callback):
         config: the recipe's evaluation section.
         checkpoint_every: steps between checkpoints.
         should_stop: asked on every rank between batches; True on one interrupts the evaluation on
-            all, and leaves it to others to end the training.
+            all.
+        on_interrupt: called on every rank then, at the step boundary that the evaluation belongs
+            to: the place to save and stop, so that the resumed run makes up for it.
     """
 
     def __init__(
@@ -65,9 +68,11 @@ class Evaluator(Callback):
         config: EvaluationConfig,
         checkpoint_every: int,
         should_stop: Callable[[], bool] = lambda: False,
+        on_interrupt: Callable[[Trainer, LightningModule], None] = lambda trainer, module: None,
     ):
         self.run_directory, self.config = run_directory, config
-        self.checkpoint_every, self.should_stop = checkpoint_every, should_stop
+        self.checkpoint_every = checkpoint_every
+        self.should_stop, self.on_interrupt = should_stop, on_interrupt
         self.benchmarks = benchmarks_of(config, run_directory)
         self.console = Console(stderr=True)
         self.handled_step = 0
@@ -128,19 +133,20 @@ class Evaluator(Callback):
 
         outcome = self.ranks.broadcast(self.ranks.together(claimed))
         if outcome == "mine":
-            if claim is None:
-                self._evaluate(trainer, module, step)
-            else:
-                with claim:
+            with claim or contextlib.nullcontext():  # rank 0 holds it for all
+                if claim is not None:
                     remove_orphans(directory)
-                    self._evaluate(trainer, module, step)
+                finished = self._evaluate(trainer, module, step)
+            if not finished:
+                self.on_interrupt(trainer, module)
         elif outcome == "done" and trainer.is_global_zero:
             # A resumed run has dropped the lines that it repeats.
             for results in read_results(directory):
                 if results.get("evaluation", {}).get("settings") == settings:
                     self._log(trainer, results, step)
 
-    def _evaluate(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+    def _evaluate(self, trainer: Trainer, module: LightningModule, step: int) -> bool:
+        """Whether it came to its end."""
         started = time.monotonic()
         reporter = next((c for c in trainer.callbacks if isinstance(c, Reporter)), None)
         shown = _Progress(reporter, self.console, step, trainer.is_global_zero)
@@ -156,7 +162,7 @@ class Evaluator(Callback):
             if trainer.is_global_zero:
                 line = f"evaluation at step {step} interrupted; it is made up for after resuming"
                 self.console.print(line, highlight=False)
-            return
+            return False
         finally:
             shown.end()
         self.ranks.together(lambda: self._publish(trainer, results, step))
@@ -166,6 +172,7 @@ class Evaluator(Callback):
             self.console.print(line, highlight=False, soft_wrap=True)
         if reporter is not None and hasattr(reporter, "measured_step"):
             reporter.leave_out(trainer)
+        return True
 
     def _publish(self, trainer: Trainer, results: dict[str, Any], step: int) -> None:
         if not trainer.is_global_zero:

@@ -23,7 +23,8 @@ class EvaluationFailedError(RuntimeError):
 
 
 @lru_cache(maxsize=1)
-def _gloo_group(world_size: int) -> dist.ProcessGroup:
+def _gloo_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """One group for all evaluations of a job; a new job in this process gets its own."""
     return dist.new_group(backend="gloo", timeout=TIMEOUT)
 
 
@@ -38,7 +39,7 @@ class Ranks:
         self.active = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self.rank = dist.get_rank() if self.active else 0
         self.size = dist.get_world_size() if self.active else 1
-        self._group = _gloo_group(self.size) if self.active else None
+        self._group = _gloo_group(dist.group.WORLD) if self.active else None
 
     def maximum(self, values: list[float]) -> list[float]:
         """Elementwise maximum over the ranks."""
