@@ -195,7 +195,7 @@ def _evaluate(arguments: list[str]) -> None:
     parser.add_argument("--include-path", metavar="D", help="a folder of further lm-eval tasks")
     parser.add_argument("--time-limit", type=float, metavar="S", help="seconds per task")
     parser.add_argument(
-        "--tokens-per-forward", type=int, default=8192, help="tokens per forward pass"
+        "--tokens-per-forward", type=int, help="2048 on a CPU, 8192 on a GPU if not given"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])

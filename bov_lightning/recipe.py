@@ -126,8 +126,8 @@ class EvaluationConfig:
     """Whether to download CORE files that are missing (checksums are verified either way)."""
     include_path: str | None = None
     """A folder of further lm-eval tasks."""
-    tokens_per_forward: int = 8192
-    """Tokens per device and forward pass."""
+    tokens_per_forward: int | None = None
+    """Tokens per device and forward pass; null: 2048 on a CPU, 8192 on a GPU."""
 
     def __post_init__(self):
         for name in ("every_steps", "max_per_task", "tokens_per_forward"):

@@ -27,8 +27,8 @@ from evaluation.encoding import Counts, Encoder, Row, crop
 from evaluation.ranks import EvaluationInterruptedError, Ranks
 from evaluation.scorer import PromptInstance, Score
 
-DEFAULT_BUDGET = 8192
-"""Tokens per forward pass."""
+DEFAULT_BUDGETS = {"cpu": 2048, "cuda": 8192}
+"""Tokens per forward pass: what stays in a CPU's cache, what keeps a GPU busy."""
 CACHE_PER_BUDGET = 4
 """Cached tokens per token of the budget, when choices continue their prefixes."""
 MAX_LOGITS = 2**26
@@ -90,7 +90,7 @@ class BatchedLM(LM):
     Args:
         backend: the model.
         tokenizer: a ``transformers`` tokenizer.
-        budget: tokens per forward pass.
+        budget: tokens per forward pass; None: what suits the device.
         share_prefix: False computes every row on its own, for comparison.
         time_limit: seconds that a task may take before its remaining rows are left out.
         should_stop: asked on every rank after every forward; True on one stops all.
@@ -103,7 +103,7 @@ class BatchedLM(LM):
         backend: Backend,
         tokenizer: Any,
         *,
-        budget: int = DEFAULT_BUDGET,
+        budget: int | None = None,
         share_prefix: bool = True,
         time_limit: float | None = None,
         should_stop: Callable[[], bool] = lambda: False,
@@ -111,7 +111,8 @@ class BatchedLM(LM):
         ranks: Ranks | None = None,
     ):
         super().__init__()
-        self.backend, self.tokenizer, self.budget = backend, tokenizer, budget
+        self.backend, self.tokenizer = backend, tokenizer
+        self.budget = budget or DEFAULT_BUDGETS["cpu" if backend.device.type == "cpu" else "cuda"]
         self.share_prefix = share_prefix and backend.shares_prefix
         self.time_limit, self.should_stop, self.progress = time_limit, should_stop, progress
         self.ranks = ranks or Ranks()

@@ -22,7 +22,7 @@ from torch import nn
 from bov_lightning.errors import UserError
 from evaluation.backends import Backend
 from evaluation.data import download
-from evaluation.lm import DEFAULT_BUDGET, BatchedLM
+from evaluation.lm import BatchedLM
 from evaluation.ranks import Ranks
 from evaluation.scorer import CoreTask
 
@@ -67,8 +67,8 @@ class Benchmarks:
 class Runtime:
     """How to measure: nothing in here changes a score."""
 
-    budget: int = DEFAULT_BUDGET
-    """Tokens per forward pass."""
+    budget: int | None = None
+    """Tokens per forward pass; None: what suits the device."""
     share_prefix: bool = True
     should_stop: Callable[[], bool] = lambda: False
     """Asked on every rank between batches."""
