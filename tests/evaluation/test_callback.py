@@ -88,6 +88,7 @@ def test_evaluation_leaves_no_trace_in_the_training(recipe, capsys):
         assert [row["step"] for row in csv.DictReader(file)] == ["2", "4", "6", "8"]
 
 
+@pytest.mark.slow
 def test_results_are_those_of_the_checkpoint(recipe, tasks_folder, capsys):
     run = fit(recipe, "run")
     (during,) = read_results(step_directory(run, 4))
@@ -101,6 +102,7 @@ def test_results_are_those_of_the_checkpoint(recipe, tasks_folder, capsys):
         assert after["results"][task] == during["results"][task]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_repeats_no_evaluation(recipe):
     run = fit(recipe, "run")
     whole = {path: path.stat().st_mtime_ns for path in (run / "eval").rglob("results_*")}

@@ -99,6 +99,7 @@ def test_stock_model_of_lm_eval_agrees_row_by_row(shared, tmp_path):
         assert [int(row["acc"]) for row in rows] == expected_rows(shared)[task], task
 
 
+@pytest.mark.slow
 def test_groups_hold_the_21_tasks_with_their_shots_and_baselines(shared):
     protocol = yaml.safe_load((shared / "eval_bundle" / "core.yaml").read_text())["icl_tasks"]
     names = ("core_paper", "core_dclm_v1", "core_dclm_v2")

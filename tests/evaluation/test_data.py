@@ -145,6 +145,7 @@ def test_no_connection_is_one_line(tmp_path, monkeypatch):
         download(tmp_path, {NAME: SHA})
 
 
+@pytest.mark.slow
 def test_checksums_are_those_of_the_reference_files(shared):
     import yaml
 

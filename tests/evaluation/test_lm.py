@@ -74,16 +74,22 @@ def check_against_plain_loop(model, backend, tokenizer, benchmarks) -> None:
     assert n_row == 42
 
 
-@pytest.mark.parametrize("value", VALUES)
+def slow_but(first: str, names) -> list:
+    """All names as parameters; all but the first are left to the slow tests."""
+    return [n if n == first else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+@pytest.mark.parametrize("value", slow_but("bank", VALUES))
 def test_our_models_score_as_a_plain_loop_does(value, tokenizer, benchmarks):
     check_against_plain_loop(*ours(value), tokenizer, benchmarks)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
+@pytest.mark.parametrize("kind", slow_but("llama", ["llama", "gpt2", "mistral"]))
 def test_hugging_face_models_score_as_a_plain_loop_does(kind, tokenizer, benchmarks):
     check_against_plain_loop(*hugging_face(kind), tokenizer, benchmarks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [ours, lambda: hugging_face("llama")], ids=["ours", "llama"])
 def test_batches_and_sharing_change_nothing(make, tokenizer, benchmarks):
     model, backend = make()
@@ -95,6 +101,7 @@ def test_batches_and_sharing_change_nothing(make, tokenizer, benchmarks):
             assert logprobs(other)[key] == pytest.approx(values, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_models_in_which_documents_end_at_bos_are_scored_alike(tokenizer, benchmarks):
     check_against_plain_loop(*ours(document_start=0), tokenizer, benchmarks)
 
