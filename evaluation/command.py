@@ -79,7 +79,7 @@ def run_of(path: Path) -> Path | None:
     return path if (path / "checkpoints").is_dir() else None
 
 
-def _heldout_directory(path: Path) -> Path:
+def _heldout_directory(path: Path, temporary: Path) -> Path:
     """The run's held-out tasks; made from its data where the run did not leave them."""
     own = run_of(path)
     if own is not None and (own / EVAL / HELDOUT / "continuation.jsonl").is_file():
@@ -97,9 +97,8 @@ def _heldout_directory(path: Path) -> Path:
     data = build_data(build(Recipe, settings, str(config)), str(config))
     data.prepare_data()
     data.setup("validate")
-    directory = Path(tempfile.mkdtemp(prefix="bov-heldout-")) / HELDOUT
-    heldout.write_from_data(directory, data)
-    return directory
+    heldout.write_from_data(temporary / HELDOUT, data)
+    return temporary / HELDOUT
 
 
 def _join_ranks(device: str) -> str:
@@ -132,6 +131,9 @@ class Command:
     def __init__(self, options: dict[str, Any]):
         self.options = options
         self.console = Console(stderr=True)
+        self._temporary = tempfile.TemporaryDirectory(
+            prefix="bov-heldout-"
+        )  # gone with the command
         if options["device"].startswith("cuda") and not torch.cuda.is_available():
             raise UserError(
                 f"--device {options['device']}: this machine has no usable GPU; use --device cpu"
@@ -154,7 +156,8 @@ class Command:
     def _benchmarks(self, path: Path) -> Benchmarks:
         if not heldout.needs_heldout(self.benchmarks.tasks):
             return self.benchmarks
-        return replace(self.benchmarks, heldout_dir=str(_heldout_directory(path)))
+        directory = _heldout_directory(path, Path(self._temporary.name))
+        return replace(self.benchmarks, heldout_dir=str(directory))
 
     def _load(self, path: str) -> tuple[nn.Module, Backend, Any]:
         return load_model(path, self.device, DTYPES[self.options["dtype"]])
