@@ -132,3 +132,54 @@ def test_command_mistakes(model_directories, tasks_folder, tmp_path, capsys):
         err = capsys.readouterr().err.strip()
         assert message in err
         assert "\n" not in err
+
+
+FOREIGN = """\
+task: foreign_{name}
+custom_dataset: !function foreign.dataset
+output_type: {kind}
+test_split: test
+doc_to_text: "{text}"
+doc_to_target: "{target}"
+{more}
+"""
+
+
+@pytest.mark.slow
+def test_other_tasks_of_lm_eval_run_by_name(model_directories, tmp_path, capsys):
+    """The three kinds of requests, through lm-eval's own task class."""
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    (folder / "foreign.py").write_text(
+        "from datasets import Dataset\n"
+        "ROWS = [{'q': f'the parser {i}', 'c': ['an option', 'help'], 'g': i % 2}\n"
+        "        for i in range(12)]\n"
+        "def dataset(**kwargs):\n"
+        "    return {'test': Dataset.from_list(ROWS)}\n"
+    )
+    choices = "doc_to_choice: '{{c}}'\nmetric_list: [{metric: acc}, {metric: acc_norm}]"
+    until = (
+        "generation_kwargs: {until: ['x'], max_gen_toks: 4}\nmetric_list: [{metric: exact_match}]"
+    )
+    for name, kind, text, target, more in (
+        ("choice", "multiple_choice", "{{q}}:", "{{g}}", choices),
+        ("generation", "generate_until", "{{q}}:", "{{c[g]}}", until),
+        ("rolling", "loglikelihood_rolling", "", "{{q}}", "metric_list: [{metric: bits_per_byte}]"),
+    ):
+        (folder / f"{name}.yaml").write_text(
+            FOREIGN.format(name=name, kind=kind, text=text, target=target, more=more)
+        )
+    names = ["foreign_choice", "foreign_generation", "foreign_rolling"]
+    options = [
+        "--include-path",
+        str(folder),
+        "--max-per-task",
+        "8",
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    assert main(["evaluate", str(model_directories[0]), "--tasks", *names, *options]) == 0
+    (results,) = read_results(tmp_path / "o")
+    assert {results["results"][name]["sample_len"] for name in names} == {8}
+    assert results["results"]["foreign_rolling"]["bits_per_byte,none"] > 0
+    assert "acc_norm" in capsys.readouterr().out
