@@ -14,6 +14,7 @@ usage: bov COMMAND ...
   validate   measure bits per byte                     bov validate RUN-or-CHECKPOINT
   plan       parameters, FLOPs, memory, before paying  bov plan --config R.yaml [--json]
   submit     train on a SLURM cluster                  bov submit --config R.yaml --nodes N ...
+  evaluate   benchmarks: CORE, or any of lm-eval's    bov evaluate RUN-or-CHECKPOINT --data-dir D
   generate   sample text                               bov generate RUN-or-CHECKPOINT --prompt P
   import     read the paper's authors' checkpoints     bov import nanochat DIR --output D
   recipes    list the recipes that come with bov
@@ -202,6 +203,47 @@ def _submit(arguments: list[str]) -> None:
     submit(recipe, settings, origin, job_config, known.dry_run)
 
 
+def _evaluate(arguments: list[str]) -> None:
+    parser = _Parser(prog="bov evaluate", description="Runs benchmarks on a model.")
+    parser.add_argument(
+        "checkpoint", help="a run directory (its newest checkpoint), a checkpoint, or a Hugging "
+        "Face directory",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tasks", nargs="+", default=["core_paper"], metavar="TASK",
+        help="core_paper (default), core_dclm_v1, core_dclm_v2, heldout, single tasks such as "
+        "core_arc_easy, or any of lm-eval's names",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-per-task", type=int, metavar="N", help="rows per task; all if not given"
+    )
+    parser.add_argument(
+        "--data-dir", metavar="D", help="where the CORE files lie; BOV_EVAL_DATA if not given"
+    )
+    parser.add_argument("--download", action="store_true", help="fetch CORE files that are missing")
+    parser.add_argument("--output", metavar="D", help="write results and samples there")
+    parser.add_argument(
+        "--compare", metavar="OTHER", help="evaluate this one too, and compare rows"
+    )
+    parser.add_argument(
+        "--watch", action="store_true", help="evaluate every checkpoint of a run as it appears"
+    )
+    parser.add_argument(
+        "--poll-seconds", type=float, default=10.0, help="with --watch: between two looks"
+    )
+    parser.add_argument("--include-path", metavar="D", help="a folder of further lm-eval tasks")
+    parser.add_argument("--time-limit", type=float, metavar="S", help="seconds per task")
+    parser.add_argument(
+        "--tokens-per-forward", type=int, help="2048 on a CPU, 8192 on a GPU if not given"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    known = parser.parse_args(arguments)
+    from evaluation.command import evaluate_command
+
+    evaluate_command(**vars(known))
+
+
 def _generate(arguments: list[str]) -> None:
     parser = _Parser(prog="bov generate", description="Samples text from a checkpoint.")
     parser.add_argument(
@@ -248,6 +290,7 @@ COMMANDS = {
     "validate": _validate,
     "plan": _plan,
     "submit": _submit,
+    "evaluate": _evaluate,
     "generate": _generate,
     "import": _import,
     "recipes": _recipes,

@@ -130,7 +130,7 @@ class Reporter(Callback):
         self.peak_flops = peak_flops(module.device) * trainer.world_size
         if trainer.is_global_zero and self.console.is_terminal:
             self.progress = Progress(
-                TextColumn("step {task.completed}/{task.total}"),
+                TextColumn("{task.description} {task.completed}/{task.total}"),
                 BarColumn(bar_width=20),
                 _Numbers(),
                 TextColumn("ETA"),
@@ -138,7 +138,7 @@ class Reporter(Callback):
                 console=self.console,
             )
             self.task = self.progress.add_task(
-                "train", total=trainer.max_steps, completed=self.first_step, numbers=""
+                "step", total=trainer.max_steps, completed=self.first_step, numbers=""
             )
             self.progress.start()
 
@@ -174,7 +174,11 @@ class Reporter(Callback):
         if trainer.state.fn == "fit":
             self._log(trainer, {"val_bpb": self.latest["val_bpb"]}, trainer.global_step)
             self._show(trainer, trainer.global_step, time.monotonic(), always=True)
-            self.measured_step, self.measured_at = trainer.global_step, time.monotonic()
+            self.leave_out(trainer)
+
+    def leave_out(self, trainer: Trainer) -> None:
+        """Leaves the time since the last step, spent on something else, out of tokens/s."""
+        self.measured_step, self.measured_at = trainer.global_step, time.monotonic()
 
     def _log(self, trainer: Trainer, metrics: dict[str, float], step: int) -> None:
         if trainer.is_global_zero:

@@ -124,6 +124,39 @@ class GuardConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """Benchmarks that are run during training; docs/evaluation.md explains them."""
+
+    tasks: list[str] = field(default_factory=list)
+    """Tasks and groups: core_paper, heldout, or any name that lm-eval knows. Empty: none."""
+    every_steps: int | None = None
+    """Optimizer steps between evaluations; null: none in between."""
+    at_checkpoints: bool = False
+    """Whether to evaluate whenever a checkpoint is written."""
+    at_end: bool = True
+    """Whether to evaluate after the last step."""
+    max_per_task: int | None = None
+    """Rows per task; null: all. Few-shot examples are drawn from these rows too."""
+    time_limit: float | None = None
+    """Seconds per task; rows that are left out then are reported. null: no limit."""
+    data_dir: str | None = None
+    """Directory of the CORE files; null: that of BOV_EVAL_DATA."""
+    download: bool = False
+    """Whether to download CORE files that are missing (checksums are verified either way)."""
+    include_path: str | None = None
+    """A folder of further lm-eval tasks."""
+    tokens_per_forward: int | None = None
+    """Tokens per device and forward pass; null: 2048 on a CPU, 8192 on a GPU."""
+
+    def __post_init__(self):
+        for name in ("every_steps", "max_per_task", "tokens_per_forward"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"evaluation.{name} is {getattr(self, name)}: at least 1")
+        if self.time_limit is not None and self.time_limit <= 0:
+            raise UserError(f"evaluation.time_limit is {self.time_limit}: more than 0")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole experiment."""
 
@@ -139,6 +172,8 @@ class Recipe:
     """Checkpoints."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """Bits per byte on held-out text."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Benchmarks."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     """What happens when something goes wrong."""
     compile: bool = False

@@ -131,7 +131,7 @@ class Checkpointer(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Stops if a signal came before the first step; validates what was to be validated."""
-        self._stop_if_told(trainer, module, trainer.strategy.agree_on_signal())
+        self.stop_if_told(trainer, module, trainer.strategy.agree_on_signal())
         step = trainer.global_step
         missing = step > 0 and step % self.validation.every_steps == 0
         missing = missing and "val_bpb" not in trainer.loggers[0].rows.get(step, {})
@@ -151,11 +151,11 @@ class Checkpointer(Callback):
                 self._finish(last)
         elif step % self.validation.every_steps == 0:
             self._kept = self._state(trainer, module)
-        self._stop_if_told(trainer, module, control_of(trainer).signal)
+        self.stop_if_told(trainer, module, control_of(trainer).signal)
 
     def on_validation_batch_end(self, trainer, module, *arguments) -> None:
         """A validation is left when told to stop; the resumed run repeats it."""
-        self._stop_if_told(trainer, module, trainer.strategy.agree_on_signal())
+        self.stop_if_told(trainer, module, trainer.strategy.agree_on_signal())
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception) -> None:
         """Lets a checkpoint that is being written be finished."""
@@ -188,7 +188,8 @@ class Checkpointer(Callback):
             if self.writer.ranks.rank == 0:
                 self.console.print(f"warning: {error}; training goes on", soft_wrap=True)
 
-    def _stop_if_told(self, trainer: Trainer, module: LightningModule, code: int) -> None:
+    def stop_if_told(self, trainer: Trainer, module: LightningModule, code: int) -> None:
+        """Saves and ends the process at this step boundary, if ``code`` is an exit code."""
         if not code:
             return
         if trainer.state.fn == "fit" and self.saved_step != self.step:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 import yaml
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningCLI
 from rich.console import Console
 
@@ -23,11 +23,12 @@ from bov_lightning.cluster import processes, restarted
 from bov_lightning.control import Control
 from bov_lightning.errors import UserError
 from bov_lightning.module import BoVModule
-from bov_lightning.preemption import Preempted
+from bov_lightning.preemption import Preempted, received
 from bov_lightning.progress import MetricsCSV, Reporter, TensorBoardEvents
 from bov_lightning.recipe import (
     BatchConfig,
     CheckpointConfig,
+    EvaluationConfig,
     GuardConfig,
     Recipe,
     RunConfig,
@@ -87,6 +88,7 @@ class RecipeCLI(LightningCLI):
         parser.add_class_arguments(RunConfig, "run")
         parser.add_class_arguments(CheckpointConfig, "checkpoint")
         parser.add_class_arguments(ValidationConfig, "validation")
+        parser.add_class_arguments(EvaluationConfig, "evaluation")
         parser.add_class_arguments(GuardConfig, "guard")
         parser.add_argument("--seed", type=int, default=Recipe.seed)
         parser.add_argument("--compile", type=bool, default=Recipe.compile)
@@ -297,6 +299,25 @@ def _plain(value: Any) -> Any:
     return asdict(value) if is_dataclass(value) else value
 
 
+def _evaluator(
+    run: Path, recipe: Recipe, checkpointer: Checkpointer, watchdog: Watchdog
+) -> list[Callback]:
+    """The benchmarks' callback, where there are any: lm-eval takes seconds to import."""
+    if not recipe.evaluation.tasks:
+        return []
+    from evaluation.callback import Evaluator
+
+    def should_stop() -> bool:
+        watchdog.note("evaluation")
+        return received() != 0
+
+    def stop(trainer: Trainer, module: BoVModule) -> None:
+        checkpointer.stop_if_told(trainer, module, trainer.strategy.agree_on_signal())
+
+    every = recipe.checkpoint.every_steps
+    return [Evaluator(run, recipe.evaluation, every, should_stop, stop)]
+
+
 @contextmanager
 def _own_process_group() -> Iterator[None]:
     """Leaves neither a process group nor its address behind for what this process does next."""
@@ -338,6 +359,8 @@ def fit(recipe: Recipe, settings: dict, origin: str) -> None:
     checkpointer = Checkpointer(run, recipe.checkpoint, recipe.validation, resume)
     watchdog = Watchdog(recipe.guard.late_after_s)
     callbacks = [watchdog, run_files, Control(recipe.guard), reporter, checkpointer]
+    # After the checkpointer: what is evaluated has been saved.
+    callbacks += _evaluator(run, recipe, checkpointer, watchdog)
     cli = build_cli(settings, _trainer_arguments(recipe, loggers, callbacks), origin)
     resolved["data"] = cli.resolved_data()
     trainer, module = cli.trainer, cli.model

@@ -34,25 +34,26 @@ class Watchdog(Callback):
             arguments = (trainer.global_rank, trainer.world_size)
             self._thread = threading.Thread(target=self._watch, args=arguments, daemon=True)
             self._thread.start()
-        self._note(f"step {trainer.global_step + 1}: waiting for data")
+        self.note(f"step {trainer.global_step + 1}: waiting for data")
 
     def on_train_batch_start(self, trainer, module, batch, batch_index) -> None:
         """The data is there."""
-        self._note(f"step {trainer.global_step + 1}: forward and backward")
+        self.note(f"step {trainer.global_step + 1}: forward and backward")
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
         """Runs first of all callbacks, before the ranks wait for each other."""
-        self._note(f"step {trainer.global_step + 1}: waiting for data")
+        self.note(f"step {trainer.global_step + 1}: waiting for data")
 
     def on_validation_batch_start(self, trainer, module, batch, batch_index, *arguments) -> None:
         """One more batch."""
-        self._note(f"validation after step {trainer.global_step}: batch {batch_index}")
+        self.note(f"validation after step {trainer.global_step}: batch {batch_index}")
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Stops to watch."""
         self._stop.set()
 
-    def _note(self, place: str) -> None:
+    def note(self, place: str) -> None:
+        """This rank has moved on to ``place``."""
         self.count, self.place, self.moved_at = self.count + 1, place, time.monotonic()
 
     def _watch(self, rank: int, world: int) -> None:

@@ -14,6 +14,7 @@ from bov_lightning.cli import main
 from bov_lightning.recipe import Recipe, build, check_keys
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+EVALUATION = (REPOSITORY / "docs" / "evaluation.md").read_text(encoding="utf-8")
 DATA = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
 CLUSTERS = (REPOSITORY / "docs" / "clusters.md").read_text(encoding="utf-8")
 MEMORY = (REPOSITORY / "docs" / "memory.md").read_text(encoding="utf-8")
@@ -71,6 +72,19 @@ def test_readme_commands_run(workplace, capsys):
     assert names["logits"].shape == (*names["token_ids"].shape, 4096)
 
 
+@pytest.mark.slow
+def test_evaluation_commands_run(workplace, shared, capsys):
+    """As written, in order; the runs are two steps long and CORE is cut to a task of few rows."""
+    (workplace / "eval_bundle").symlink_to(shared / "eval_bundle")
+    for overlay in ([], ["--config", "values/standard"]):
+        arguments = ["fit", "--config", "quickstart", *overlay, "--model.budget.steps", "2"]
+        assert main([*arguments, "--validation.tokens", "2048"]) == 0
+    for line in commands(EVALUATION):
+        cut = ["--tasks", "core_copa", "--max-per-task", "20"] if "--data-dir" in line else []
+        assert main([*shlex.split(line)[1:], *cut]) == 0, line
+    assert "minus runs/quickstart-standard, paired by row" in capsys.readouterr().out
+
+
 def test_command_table_names_the_commands_that_exist(capsys):
     from bov_lightning.cli import COMMANDS
 
@@ -80,7 +94,7 @@ def test_command_table_names_the_commands_that_exist(capsys):
 
 
 def test_yaml_snippets_are_valid():
-    for text in blocks(README, "yaml"):
+    for text in blocks(README, "yaml") + blocks(EVALUATION, "yaml"):
         data = yaml.safe_load(text)
         check_keys(data, "README.md")
         build(Recipe, data, "README.md")

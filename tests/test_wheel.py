@@ -36,6 +36,8 @@ def test_installed_wheel_trains_a_packaged_recipe(tmp_path, tiny_settings):
         "-c", "import bov_lightning, data_modules, evaluation; print(bov_lightning.__file__)"
     )
     assert Path(where.strip()).is_relative_to(site)
+    task_files = "from evaluation.runner import TASKS; print(*TASKS.rglob('*.yaml'), sep='\\n')"
+    assert len(run("-c", task_files).split()) == 27
     bov = ["-m", "bov_lightning.cli"]
     assert "quickstart" in run(*bov, "recipes").split()
     data = copy.deepcopy(tiny_settings["data"])

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from bov_lightning.model.config import TransformerConfig
 from bov_lightning.model.layers import Linear, rms_norm
-from bov_lightning.model.values import LayerValues, ValueInputs
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
+
+    from bov_lightning.model.cache import LayerCache
+    from bov_lightning.model.values import LayerValues, ValueInputs
 
 ROTARY_BASE = 100_000
 QK_SCALE = 1.2
@@ -24,17 +26,24 @@ QK_SCALE = 1.2
 
 def rotary_angles(n_token: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotary angles, each (T, D/2), fp32."""
-    channel = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
+    return rotary_angles_at(torch.arange(n_token, device=device), head_dim)
+
+
+def rotary_angles_at(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary angles at ``positions`` (...), each (..., D/2), fp32."""
+    channel = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
     frequency = 1.0 / (ROTARY_BASE ** (channel / head_dim))
-    position = torch.arange(n_token, dtype=torch.float32, device=device)
-    angle = torch.outer(position, frequency)
+    angle = positions.float()[..., None] * frequency
     return angle.cos(), angle.sin()
 
 
-def rotate(x_BTHD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Rotates the halves of the head dimension against each other; keeps the dtype."""
+def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the halves of the head dimension against each other; keeps the dtype.
+
+    ``cos`` and ``sin`` are (T, D/2), or (B, T, D/2) where rows stand at different positions.
+    """
     x1, x2 = x_BTHD.chunk(2, dim=-1)
-    cos, sin = (a[:, None].to(x_BTHD.dtype) for a in (cos_TD, sin_TD))
+    cos, sin = (a.unsqueeze(-2).to(x_BTHD.dtype) for a in (cos, sin))
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
@@ -112,7 +121,7 @@ def _compiled_flex_attention():
 
 
 def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Mask) -> Tensor:
-    """Causal attention of normed queries and keys, (B, H, T, D).
+    """Causal attention of normed queries and keys, (B, H, T, D); one query alone sees all keys.
 
     The one place that chooses the implementation: torch's scaled dot product attention, except for
     masks on CUDA, where FlexAttention skips what they hide (it cannot train on a CPU).
@@ -124,14 +133,15 @@ def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Mask) -> Tensor
     if not isinstance(mask, Tensor | None):
         return _compiled_flex_attention()(q_BHTD, k_BKTD, v_BKTD, block_mask=mask, **how)
     return F.scaled_dot_product_attention(
-        q_BHTD, k_BKTD, v_BKTD, attn_mask=mask, is_causal=mask is None, **how
-    )
+        q_BHTD, k_BKTD, v_BKTD,
+        attn_mask=mask, is_causal=mask is None and q_BHTD.shape[2] > 1, **how,
+    )  # fmt: skip
 
 
 class Attention(nn.Module):
     """Self-attention whose values come from a `LayerValues`."""
 
-    def __init__(self, config: TransformerConfig, values: LayerValues):
+    def __init__(self, config: TransformerConfig, values: "LayerValues"):
         super().__init__()
         self.head_dim = config.head_dim
         self.query = Linear(config.d_model, config.n_head * config.head_dim)
@@ -140,16 +150,21 @@ class Attention(nn.Module):
         self.output = Linear(config.n_head * config.head_dim, config.d_model)
 
     def forward(
-        self, inputs: ValueInputs, rotary: tuple[Tensor, Tensor], mask: Mask
-    ) -> tuple[Tensor, Tensor]:
-        """Output (B, T, C) and this layer's value (B, T, K*D)."""
+        self, inputs: "ValueInputs", rotary: tuple[Tensor, Tensor], mask: Mask,
+        past: "LayerCache | None" = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Output (B, T, C) and this layer's value (B, T, K*D), None where decoding needs none."""
 
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (-1, self.head_dim))
 
         q_BTHD = rms_norm(rotate(heads(self.query(inputs.x)), *rotary))
         k_BTKD = rms_norm(rotate(heads(self.key(inputs.x)), *rotary))
-        value = self.value(inputs)
-        v_BTKD = heads(value).to(q_BTHD.dtype)
-        y_BHTD = attend(*(x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD)), mask)
+        if past is None:
+            value = self.value(inputs)
+            v_BTKD = heads(value).to(q_BTHD.dtype)
+            y_BHTD = attend(*(x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD)), mask)
+        else:
+            q_BHTD, k_BKSD = q_BTHD.transpose(1, 2), past.keys.extend(k_BTKD)
+            y_BHTD, value = self.value.attend_past(inputs, q_BHTD, k_BKSD, mask, past)
         return self.output(y_BHTD.transpose(1, 2).flatten(2)), value

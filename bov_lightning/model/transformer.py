@@ -7,7 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bov_lightning.model.attention import Attention, make_masks, rotary_angles
+from bov_lightning.model.attention import (
+    Attention,
+    make_masks,
+    rotary_angles,
+    rotary_angles_at,
+)
+from bov_lightning.model.cache import Cache
 from bov_lightning.model.config import TransformerConfig
 from bov_lightning.model.layers import Initialiser, Linear, rms_norm
 from bov_lightning.model.loss import softcap, softcapped_cross_entropy
@@ -25,13 +31,21 @@ class Smear(nn.Module):
         self.strength = nn.Parameter(torch.empty(1))
         self.gate = nn.Parameter(torch.empty(1, self.n_channel))
 
-    def forward(self, x_BTC: Tensor, starts_BT: Tensor | None) -> Tensor:
-        """``starts_BT``: True at tokens that nothing of the one before is mixed into."""
-        here, previous = x_BTC[:, 1:], x_BTC[:, :-1]
+    def forward(
+        self, x_BTC: Tensor, starts_BT: Tensor | None, previous_B1C: Tensor | None = None
+    ) -> Tensor:
+        """``starts_BT``: True at tokens that nothing of the one before is mixed into.
+
+        ``previous_B1C``: what came before the first token; without it nothing is mixed into that.
+        """
+        first = 1 if previous_B1C is None else 0
+        here, previous = x_BTC[:, first:], x_BTC[:, :-1]
+        if previous_B1C is not None:
+            previous = torch.cat((previous_B1C, previous), dim=1)
         gate = self.strength * torch.sigmoid(F.linear(here[..., : self.n_channel], self.gate))
         if starts_BT is not None:
-            gate = gate.masked_fill(starts_BT[:, 1:, None], 0)
-        return torch.cat((x_BTC[:, :1], here + gate.to(x_BTC.dtype) * previous), dim=1)
+            gate = gate.masked_fill(starts_BT[:, first:, None], 0)
+        return torch.cat((x_BTC[:, :first], here + gate.to(x_BTC.dtype) * previous), dim=1)
 
 
 class MLP(nn.Module):
@@ -55,10 +69,10 @@ class Block(nn.Module):
         self.attention = Attention(config, values)
         self.mlp = MLP(config.d_model)
 
-    def forward(self, x_BTC, x0_BTC, token_ids_BT, first_value, rotary, mask):
+    def forward(self, x_BTC, x0_BTC, token_ids_BT, first_value, rotary, mask, past=None):
         """The residual stream after this block, and the block's value."""
         inputs = ValueInputs(rms_norm(x_BTC), x0_BTC, token_ids_BT, first_value)
-        attended_BTC, value = self.attention(inputs, rotary, mask)
+        attended_BTC, value = self.attention(inputs, rotary, mask, past)
         x_BTC = x_BTC + attended_BTC
         return x_BTC + self.mlp(rms_norm(x_BTC)), value
 
@@ -110,8 +124,10 @@ class Transformer(nn.Module):
             self.initialise(Initialiser(seed))
 
     def forward(
-        self, token_ids_BT: Tensor, targets_BT: Tensor | None = None, reduction: str = "mean"
-    ) -> Tensor:
+        self, token_ids_BT: Tensor, targets_BT: Tensor | None = None, reduction: str = "mean",
+        *, cache: Cache | None = None, lengths: Tensor | None = None,
+        positions_BP: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Logits (B, T, vocab_size) in fp32; with targets, their negative log-likelihood in nats.
 
         Args:
@@ -119,18 +135,48 @@ class Transformer(nn.Module):
             targets_BT: int64; -1 is not counted.
             reduction: ``mean`` over the counted targets (a scalar), or ``none``: (B, T), for
                 evaluation only, since it carries no gradient.
+            cache: the past of every row, from `new_cache`; ``token_ids_BT`` are then new tokens
+                alone, and join it.
+            lengths: (B,) int64, with a cache: how many of a row's tokens are real; the rest is
+                padding on the right, whose logits mean nothing. None: all of them.
+            positions_BP: (B, P) int64: which of the T positions to compute logits of, so that the
+                result is (B, P, vocab_size). None: all.
         """
         config, start = self.config, self.config.document_start
-        rotary = rotary_angles(token_ids_BT.shape[1], config.head_dim, token_ids_BT.device)
-        masks = make_masks(config.windows, token_ids_BT, start)
+        pasts, previous_B1C = [None] * config.n_layer, None
+        if cache is None:
+            rotary = rotary_angles(token_ids_BT.shape[1], config.head_dim, token_ids_BT.device)
+            masks = make_masks(config.windows, token_ids_BT, start)
+        else:
+            rotary = rotary_angles_at(cache.begin(token_ids_BT, lengths), config.head_dim)
+            masks, pasts = cache.masks, cache.layers
         starts_BT = None if start is None else token_ids_BT == start
-        x_BTC = x0_BTC = self.smear(rms_norm(self.embedding(token_ids_BT)), starts_BT)
+        x_BTC = rms_norm(self.embedding(token_ids_BT))
+        if cache is not None:
+            previous_B1C = cache.take_previous(x_BTC)
+        x_BTC = x0_BTC = self.smear(x_BTC, starts_BT, previous_B1C)
         first_value = None
-        for block in self.blocks:
+        for block, past in zip(self.blocks, pasts, strict=True):
             mask = masks[block.window]
-            x_BTC, value = block(x_BTC, x0_BTC, token_ids_BT, first_value, rotary, mask)
+            x_BTC, value = block(x_BTC, x0_BTC, token_ids_BT, first_value, rotary, mask, past)
             first_value = value if first_value is None else first_value
+        if cache is not None:
+            cache.finish()
+        if positions_BP is not None:
+            x_BTC = x_BTC.gather(1, positions_BP[:, :, None].expand(-1, -1, config.d_model))
         return self.head(rms_norm(x_BTC), targets_BT, reduction)
+
+    def new_cache(
+        self, batch_size: int, max_context: int, dtype: torch.dtype | None = None
+    ) -> Cache:
+        """Room for the past of ``batch_size`` texts of up to ``max_context`` tokens each.
+
+        It lies on the model's device, in ``dtype`` (the embedding's if not given).
+        """
+        weight = self.embedding.weight
+        return Cache(
+            self.config, self.blocks, batch_size, max_context, dtype or weight.dtype, weight.device
+        )
 
     @torch.no_grad()
     def initialise(self, fill: Initialiser) -> None:

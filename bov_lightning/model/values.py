@@ -14,9 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bov_lightning.errors import UserError
+from bov_lightning.model.attention import attend
 from bov_lightning.model.layers import Initialiser, Linear, rms_norm
 
 if TYPE_CHECKING:
+    from bov_lightning.model.attention import Mask
+    from bov_lightning.model.cache import LayerCache
     from bov_lightning.model.config import TransformerConfig
 
 GATE_CHANNELS = 12
@@ -51,7 +54,8 @@ class ValueSource(nn.Module):
     gateable: ClassVar[bool] = False
     """Whether coefficient: gate makes sense."""
     value_cache: ClassVar[bool] = True
-    """Whether decoding must keep the values of past tokens. False: token ids are enough."""
+    """Whether decoding must keep the layer's own values. False: `reserve` and `attend_past` say
+    what it keeps instead."""
     optimizer_groups: ClassVar[dict[str, str]] = {}
     """Optimizer group by parameter name; a parameter that is not named is a Muon matrix."""
 
@@ -60,6 +64,18 @@ class ValueSource(nn.Module):
 
     def forward(self, inputs: ValueInputs, projection: nn.Module | None) -> Tensor:
         """The values, (B, T, V); ``projection`` is the layer's W_V where it has one."""
+        raise NotImplementedError
+
+    def reserve(self, past: "LayerCache") -> None:
+        """Sets aside what `attend_past` reads."""
+
+    def attend_past(
+        self, inputs: ValueInputs, q_BHTD: Tensor, k_BKSD: Tensor, mask: "Mask", past: "LayerCache"
+    ) -> Tensor:
+        """Attention (B, H, T, D) of new tokens to past and new values, where value_cache is False.
+
+        ``inputs`` are those of the new tokens; S keys, the new tokens' included.
+        """
         raise NotImplementedError
 
     def initialise(
@@ -89,6 +105,13 @@ class FirstLayerValue(ValueSource):
 
     def forward(self, inputs, projection):
         return inputs.first_value
+
+    def reserve(self, past):
+        past.keep_first_values()
+
+    def attend_past(self, inputs, q_BHTD, k_BKSD, mask, past):
+        v_BTKD = inputs.first_value.unflatten(-1, (k_BKSD.shape[1], -1))
+        return attend(q_BHTD, k_BKSD, past.values.extend(v_BTKD), mask)
 
 
 class InitialEmbeddingValue(ValueSource):
@@ -120,6 +143,15 @@ class BankOfValues(ValueSource):
 
     def forward(self, inputs, projection):
         return F.embedding(inputs.token_ids, self.table)
+
+    def reserve(self, past):
+        past.keep_token_ids()
+
+    def attend_past(self, inputs, q_BHTD, k_BKSD, mask, past):
+        n_row, n_kv_head, n_key, head_dim = k_BKSD.shape
+        rows = F.embedding(past.token_ids, self.table)
+        v_BKSD = rows.view(n_row, n_key, n_kv_head, head_dim).transpose(1, 2).to(q_BHTD.dtype)
+        return attend(q_BHTD, k_BKSD, v_BKSD, mask)
 
     def initialise(self, values, prefix, embedding, fill):
         bound = (3 / embedding.shape[1]) ** 0.5
@@ -177,10 +209,40 @@ class LayerValues(nn.Module):
         elif is_target:
             self.constant = float(value.coefficient)
 
+    @property
+    def _source(self) -> ValueSource:
+        return self._borrowed[0] if self._borrowed else self.source
+
+    @property
+    def value_cache(self) -> bool:
+        """Whether decoding must keep this layer's own values."""
+        return self.add_context or self._source.value_cache
+
+    def reserve(self, past: "LayerCache") -> None:
+        """Sets aside what decoding keeps of the values."""
+        if self.value_cache:
+            past.keep_values()
+        else:
+            self._source.reserve(past)
+
+    def attend_past(
+        self, inputs: ValueInputs, q_BHTD: Tensor, k_BKSD: Tensor, mask: "Mask", past: "LayerCache"
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention (B, H, T, D) of new tokens to everything kept, and their values (B, T, V).
+
+        The values are None where they are not kept: a coefficient then scales what was attended.
+        """
+        if self.value_cache:
+            value = self(inputs)
+            v_BKSD = past.values.extend(value.unflatten(-1, (k_BKSD.shape[1], -1)))
+            return attend(q_BHTD, k_BKSD, v_BKSD.to(q_BHTD.dtype), mask), value
+        scale = self.constant if self.coefficient is None else self.coefficient
+        y_BHTD = self._source.attend_past(inputs, q_BHTD, k_BKSD, mask, past)
+        return scale * y_BHTD, None
+
     def forward(self, inputs: ValueInputs) -> Tensor:
         """(B, T, V)."""
-        source = self._borrowed[0] if self._borrowed else self.source
-        value = source(inputs, self.projection)
+        value = self._source(inputs, self.projection)
         if self.gate is not None:
             gate = 3 * torch.sigmoid(self.gate(inputs.x[..., :GATE_CHANNELS]))
             per_head = value.unflatten(-1, (gate.shape[-1], -1))

@@ -1,0 +1,341 @@
+"""What decoding keeps of the past: keys, values where they have context, token ids.
+
+Every row of a batch has its own history, so rows may differ in length. A window's layers keep only
+what their window still sees, in a ring: position p lies in slot p modulo the ring's length.
+
+Shapes: B batch, T new tokens, S tokens that the new ones attend to, K key-value heads, D head
+dimension.
+"""
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bov_lightning.errors import UserError
+from bov_lightning.model.config import TransformerConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Step:
+    """One call's new tokens: how many each row gets, and where they stand."""
+
+    def __init__(self, before: list[int], n_token: int, lengths: list[int], device: torch.device):
+        self.n_token, self.device = n_token, device
+        self.before, self.lengths = before, lengths
+        self.after = [old + new for old, new in zip(before, lengths, strict=True)]
+        self.uniform = len(set(before)) == 1 and set(lengths) == {n_token}
+        rows = before[:1] if self.uniform else before
+        self.before_B1 = torch.tensor(rows, device=device)[:, None]
+        self.positions_BT = self.before_B1 + torch.arange(n_token, device=device)
+        """(1, T) where all rows stand at the same place."""
+
+    @cached_property
+    def length_column(self) -> Tensor:
+        """(B, 1): new tokens of each row."""
+        return torch.tensor(self.lengths, device=self.device)[:, None]
+
+
+class Span:
+    """Where the past that a window sees lies, and how a step's new tokens join it."""
+
+    def __init__(self, window: int | None, max_context: int):
+        self.reach = max_context if window is None else window
+        self.capacity = min(self.reach + 1, max_context)
+
+    def begin(self, step: Step, token_ids: Tensor | None, document_start: int | None) -> None:
+        """Lays out one step: what will be read and in which order."""
+        self.step, self._token_ids, self._document_start = step, token_ids, document_start
+        start, end = max(step.before), max(step.after)
+        self.wraps = end > self.capacity
+        # A ring forgets old keys that the first of several new tokens still see: these attend to
+        # the old ones and the new ones side by side.
+        self.joins = step.n_token > 1 and (start == 0 or self.wraps)
+        self.n_read = min(start if self.joins else end, self.capacity)
+        for name in ("key_positions", "mask", "token_ids"):
+            self.__dict__.pop(name, None)
+
+    @cached_property
+    def key_positions(self) -> Tensor:
+        """(1 or B, S): where in the text the keys stand; negative: a slot that holds nothing."""
+        slots_BS = self._positions_of_slots()
+        if not self.joins:
+            return slots_BS
+        n_row = max(len(slots_BS), len(self.step.positions_BT))
+        both = (slots_BS.expand(n_row, -1), self.step.positions_BT.expand(n_row, -1))
+        return torch.cat(both, dim=1)
+
+    def _positions_of_slots(self) -> Tensor:
+        """(1 or B, n_read): what the slots that are read hold; negative: nothing yet."""
+        slot = torch.arange(self.n_read, device=self.step.device)[None]
+        if not self.wraps:
+            return slot
+        known = self.step.before if self.joins else self.step.after
+        last = torch.tensor(known[:1] if self.step.uniform else known, device=slot.device) - 1
+        return last[:, None] - (last[:, None] - slot) % self.capacity
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """(1 or B, 1, T, S) bool; None: one new token that sees all keys, or plain causal."""
+        step, start = self.step, self._document_start
+        sees_all = step.n_token == 1 and step.uniform
+        causal = self.joins and self.n_read == 0 and step.n_token <= self.reach + 1
+        if (sees_all or causal) and start is None:
+            return None
+        key_BTS = self.key_positions[:, None]
+        distance = step.positions_BT[:, :, None] - key_BTS
+        mask = (key_BTS >= 0) & (distance >= 0) & (distance <= self.reach)
+        if start is not None:
+            document = (self._token_ids == start).cumsum(1)
+            query = self._take(document, step.positions_BT)[:, :, None]
+            mask = mask & (query == self._take(document, self.key_positions)[:, None])
+        return mask[:, None]
+
+    @staticmethod
+    def _take(kept: Tensor, positions: Tensor) -> Tensor:
+        """``kept`` (B, max_context) at those positions of every row."""
+        positions = positions.clamp(0, kept.shape[1] - 1).expand(len(kept), -1)
+        return kept.gather(1, positions)
+
+    @cached_property
+    def token_ids(self) -> Tensor:
+        """(B, S): token ids in the order of the keys."""
+        if not (self.wraps or self.joins):
+            return self._token_ids[:, : self.n_read]
+        return self._take(self._token_ids, self.key_positions)
+
+    def write(self, kept_BKSD: Tensor, x_BTKD: Tensor) -> None:
+        """Puts what the step brings into its slots."""
+        step, capacity = self.step, self.capacity
+        if not step.uniform:
+            token, length = torch.arange(step.n_token), torch.tensor(step.lengths)[:, None]
+            due = (token < length) & (token >= length - capacity)
+            rows, tokens = due.nonzero().to(step.device).unbind(1)
+            slots = (step.before_B1[rows, 0] + tokens) % capacity
+            kept_BKSD[rows, :, slots] = x_BTKD[rows, tokens].to(kept_BKSD.dtype)
+            return
+        x_BKTD = x_BTKD.transpose(1, 2)
+        n_kept = min(step.n_token, capacity)
+        first = (step.after[0] - n_kept) % capacity
+        if first + n_kept <= capacity:
+            kept_BKSD[:, :, first : first + n_kept] = x_BKTD[:, :, -n_kept:]
+        else:
+            slots = (first + torch.arange(n_kept, device=step.device)) % capacity
+            kept_BKSD.index_copy_(2, slots, x_BKTD[:, :, -n_kept:].to(kept_BKSD.dtype))
+
+    def read(self, kept_BKSD: Tensor) -> Tensor:
+        """What the slots hold."""
+        return kept_BKSD[:, :, : self.n_read]
+
+
+class Store:
+    """Keys or values of one span, (B, K, capacity, D)."""
+
+    def __init__(self, span: Span, kept_BKSD: Tensor):
+        self.span, self.kept = span, kept_BKSD
+        self._step: Step | None = None
+
+    def extend(self, x_BTKD: Tensor) -> Tensor:
+        """Takes the new tokens' share and gives what they attend to, (B, K, S, D).
+
+        Layers that share a store all call this; the first one's call counts.
+        """
+        if self._step is not self.span.step:
+            self._step = self.span.step
+            x_BTKD = x_BTKD.detach()
+            if self.span.joins:
+                new = x_BTKD.transpose(1, 2).to(self.kept.dtype)
+                old = self.span.read(self.kept)
+                self._joined = torch.cat((old, new), dim=2) if old.shape[2] else new
+            self.span.write(self.kept, x_BTKD)
+        return self._joined if self.span.joins else self.span.read(self.kept)
+
+    def release(self) -> None:
+        """Forgets what only one step needs."""
+        self._joined = None
+
+
+class LayerCache:
+    """One layer's past."""
+
+    def __init__(self, cache: "Cache", window: int | None):
+        self.cache, self.span = cache, cache.span(window)
+        self.keys = cache.new_store(self.span)
+        self.values: Store | None = None
+
+    def keep_values(self) -> None:
+        """Sets room aside for this layer's own values."""
+        self.values = self.cache.new_store(self.span)
+
+    def keep_first_values(self) -> None:
+        """Sets room aside for the first layer's values in this layer's window, once per window."""
+        self.values = self.cache.first_values(self.span)
+
+    def keep_token_ids(self) -> None:
+        """Sets room aside for the token ids, once for all layers."""
+        self.cache.keep_token_ids()
+
+    @property
+    def token_ids(self) -> Tensor:
+        """(B, S), int64, in the order of the keys."""
+        return self.span.token_ids
+
+
+class Cache:
+    """The past of a batch of texts, to be passed to `Transformer.forward` with each new piece.
+
+    Made by `Transformer.new_cache`. ``lengths`` (B,) int64 counts the tokens that each row has
+    seen.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, blocks: "nn.ModuleList", batch_size: int,
+        max_context: int, dtype: torch.dtype, device: torch.device,
+    ):  # fmt: skip
+        """Sets all room aside; every block says through its values what it needs."""
+        if batch_size < 1 or max_context < 1:
+            raise UserError(
+                f"a cache of {batch_size} rows and {max_context} tokens: at least 1 of both"
+            )
+        self.config, self._blocks = config, blocks
+        self.batch_size, self.max_context = batch_size, max_context
+        self.dtype, self.device = dtype, device
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._lengths = [0] * batch_size
+        self._spans: dict[int | None, Span] = {}
+        self._stores: list[Store] = []
+        self._first_values: dict[Span, Store] = {}
+        self._whole = self.span(None)
+        self._token_ids: Tensor | None = None
+        if config.document_start is not None:
+            self.keep_token_ids()
+        self.previous_B1C = torch.zeros(batch_size, 1, config.d_model, dtype=dtype, device=device)
+        """The last token's normed embedding, which the smear mixes into the next; zero at first."""
+        self.layers: list[LayerCache] = []
+        for block in blocks:
+            layer = LayerCache(self, block.window)
+            self.layers.append(layer)
+            block.attention.value.reserve(layer)
+
+    def span(self, window: int | None) -> Span:
+        """The span of that window, shared by its layers."""
+        return self._spans.setdefault(window, Span(window, self.max_context))
+
+    def new_store(self, span: Span) -> Store:
+        """Room for one key or value vector per kept token."""
+        shape = (self.batch_size, self.config.n_kv_head, span.capacity, self.config.head_dim)
+        self._stores.append(Store(span, torch.zeros(shape, dtype=self.dtype, device=self.device)))
+        return self._stores[-1]
+
+    def first_values(self, span: Span) -> Store:
+        """The first layer's values within ``span``: its own store where its window is the same."""
+        first = self.layers[0]
+        if first.span is span:
+            return first.values
+        if span not in self._first_values:
+            self._first_values[span] = self.new_store(span)
+        return self._first_values[span]
+
+    def keep_token_ids(self) -> None:
+        """Sets room aside for the ids, (B, max_context) int64; once."""
+        if self._token_ids is None:
+            shape = (self.batch_size, self.max_context)
+            self._token_ids = torch.zeros(shape, dtype=torch.int64, device=self.device)
+
+    def begin(self, token_ids_BT: Tensor, lengths: Tensor | None) -> Tensor:
+        """Starts a step; returns the positions of the new tokens, (1 or B, T).
+
+        Raises:
+            UserError: another batch size, no tokens, more than ``max_context`` of them, ids beyond
+                the vocabulary, lengths that do not fit.
+        """
+        n_row, n_token = token_ids_BT.shape
+        if n_row != self.batch_size:
+            raise UserError(
+                f"the cache holds {self.batch_size} rows, the batch {n_row}: make a cache for it"
+            )
+        if n_token == 0:
+            raise UserError("no tokens: a text has at least one, such as <|bos|>")
+        new = [n_token] * n_row if lengths is None else lengths.tolist()
+        if len(new) != n_row or not all(0 <= n <= n_token for n in new):
+            raise UserError(f"lengths {new} do not fit {n_row} rows of {n_token} tokens")
+        step = Step(self._lengths, n_token, new, self.device)
+        if max(step.after) > self.max_context:
+            raise UserError(
+                f"{max(step.after)} tokens do not fit into a context of {self.max_context}: give "
+                "less text or a larger max_context"
+            )
+        # Ids that were sampled are right, and reading them back would make a GPU wait.
+        if n_token > 1 or token_ids_BT.device.type == "cpu":
+            low, high = (int(x) for x in token_ids_BT.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                raise UserError(
+                    f"token id {low if low < 0 else high} is outside of the vocabulary of "
+                    f"{self.config.vocab_size}"
+                )
+        for span in self._spans.values():
+            span.begin(step, self._token_ids, self.config.document_start)
+        if self._token_ids is not None:
+            self._whole.write(self._token_ids[:, None, :, None], token_ids_BT[:, :, None, None])
+        self._step = step
+        return step.positions_BT
+
+    @property
+    def masks(self) -> dict[int | None, Tensor | None]:
+        """The step's mask of each window, (1 or B, 1, T, S)."""
+        return {window: span.mask for window, span in self._spans.items()}
+
+    def take_previous(self, x_BTC: Tensor) -> Tensor:
+        """The normed embedding before each row's new tokens; keeps that of the last of them."""
+        previous, step = self.previous_B1C, self._step
+        if step.uniform:
+            last = x_BTC[:, -1:]
+        else:
+            index = (step.length_column - 1).clamp(min=0)[:, :, None].expand(-1, -1, x_BTC.shape[2])
+            last = torch.where(step.length_column[:, :, None] > 0, x_BTC.gather(1, index), previous)
+        self.previous_B1C = last.detach().to(previous.dtype, copy=True)
+        return previous.to(x_BTC.dtype)
+
+    def finish(self) -> None:
+        """Counts the step's tokens."""
+        self._lengths = self._step.after
+        self.lengths = torch.tensor(self._lengths, device=self.device)
+        for store in self._stores:
+            store.release()
+
+    def select(self, rows: "Tensor | list[int]") -> "Cache":
+        """An independent cache whose row i continues this one's row ``rows[i]``."""
+        index = torch.as_tensor(rows, dtype=torch.int64, device=self.device)
+        if not all(0 <= row < self.batch_size for row in index.tolist()):
+            raise UserError(f"rows {index.tolist()} are not rows of a cache of {self.batch_size}")
+        chosen = Cache(
+            self.config, self._blocks, len(index), self.max_context, self.dtype, self.device
+        )
+        chosen._lengths = [self._lengths[row] for row in index.tolist()]
+        chosen.lengths, chosen.previous_B1C = self.lengths[index], self.previous_B1C[index]
+        used = max(self._lengths)
+        for source, copy in zip(self._stores, chosen._stores, strict=True):
+            copy.kept[:, :, :used] = source.kept[index, :, :used]
+        if self._token_ids is not None:
+            chosen._token_ids[:, :used] = self._token_ids[index, :used]
+        return chosen
+
+    @property
+    def nbytes_per_layer(self) -> list[int]:
+        """Bytes of keys and values by layer; a store that layers share counts for the first."""
+        seen: set[int] = set()
+        sizes = []
+        for layer in self.layers:
+            stores = {id(s): s for s in (layer.keys, layer.values) if s and id(s) not in seen}
+            seen |= set(stores)
+            sizes.append(sum(store.kept.nbytes for store in stores.values()))
+        return sizes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything kept, token ids and the smear's state included."""
+        ids = 0 if self._token_ids is None else self._token_ids.nbytes
+        return sum(self.nbytes_per_layer) + ids + self.previous_B1C.nbytes + self.lengths.nbytes

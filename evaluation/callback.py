@@ -1,0 +1,214 @@
+"""Benchmarks during training, on all ranks, without a trace in the training itself."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from transformers import PreTrainedTokenizerFast
+
+from bov_lightning.progress import Reporter
+from bov_lightning.recipe import EvaluationConfig
+from evaluation import claims
+from evaluation.backends import TransformerBackend
+from evaluation.heldout import needs_heldout, write_from_data
+from evaluation.ranks import EvaluationInterruptedError, Ranks
+from evaluation.report import headline
+from evaluation.results import (
+    EVAL,
+    HELDOUT,
+    is_done,
+    metrics,
+    read_results,
+    remove_orphans,
+    step_directory,
+    write_results,
+    write_summary,
+)
+from evaluation.runner import Benchmarks, Runtime, download_data, load_tasks, run
+
+LINES_EVERY_S = 30.0
+
+
+def benchmarks_of(config: EvaluationConfig, run_directory: Path) -> Benchmarks:
+    """What a recipe's evaluation section asks for."""
+    return Benchmarks(
+        tasks=tuple(config.tasks),
+        max_per_task=config.max_per_task,
+        data_dir=config.data_dir,
+        include_path=config.include_path,
+        heldout_dir=str(run_directory / EVAL / HELDOUT),
+        time_limit=config.time_limit,
+    )
+
+
+class Evaluator(Callback):
+    """Evaluates the model at the steps that a recipe asks for, each exactly once.
+
+    A step whose results lie in the run directory is not evaluated again, whoever made them. One
+    whose evaluation was interrupted is evaluated when the run is resumed: at that step, if that is
+    where the checkpoint is, or when training comes by again.
+
+    Args:
+        run_directory: results go to its ``eval``.
+        config: the recipe's evaluation section.
+        checkpoint_every: steps between checkpoints.
+        should_stop: asked on every rank between batches; True on one interrupts the evaluation on
+            all.
+        on_interrupt: called on every rank then, at the step boundary that the evaluation belongs
+            to: the place to save and stop, so that the resumed run makes up for it.
+    """
+
+    def __init__(
+        self,
+        run_directory: Path,
+        config: EvaluationConfig,
+        checkpoint_every: int,
+        should_stop: Callable[[], bool] = lambda: False,
+        on_interrupt: Callable[[Trainer, LightningModule], None] = lambda trainer, module: None,
+    ):
+        self.run_directory, self.config = run_directory, config
+        self.checkpoint_every = checkpoint_every
+        self.should_stop, self.on_interrupt = should_stop, on_interrupt
+        self.benchmarks = benchmarks_of(config, run_directory)
+        self.console = Console(stderr=True)
+        self.handled_step = 0
+
+    def is_due(self, step: int, max_steps: int) -> bool:
+        """Whether a step is one to evaluate at."""
+        config, last = self.config, step == max_steps
+        every = config.every_steps is not None and step % config.every_steps == 0
+        saved = config.at_checkpoints and (step % self.checkpoint_every == 0 or last)
+        return step > 0 and (every or saved or (config.at_end and last))
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Finds out before the first step whether tasks and data are there."""
+        self.ranks = Ranks()
+        self.ranks.together(lambda: self._prepare(trainer))
+        # Freed again: rows and few-shot examples need not lie in memory while training.
+        self.ranks.together(lambda: load_tasks(self.benchmarks))
+        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            trainer.datamodule.tokenizer_directory
+        )
+
+    def _prepare(self, trainer: Trainer) -> None:
+        if self.config.download:
+            download_data(self.benchmarks, lambda line: self.console.print(line, highlight=False))
+        directory = Path(self.benchmarks.heldout_dir)
+        if needs_heldout(self.config.tasks) and trainer.is_global_zero:
+            write_from_data(directory, trainer.datamodule)
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Makes up for an evaluation that was cut off after its checkpoint."""
+        self._handle(trainer, module)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
+        """Evaluates when a due step has just been taken."""
+        self._handle(trainer, module)
+
+    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """The last step, where a resumed run had nothing else left to do."""
+        self._handle(trainer, module)
+
+    def _handle(self, trainer: Trainer, module: LightningModule) -> None:
+        step = trainer.global_step
+        if step == self.handled_step:
+            return
+        self.handled_step = step
+        if not self.is_due(step, trainer.max_steps):
+            return
+        directory = step_directory(self.run_directory, step)
+        settings = self.benchmarks.settings
+        claim = None
+
+        def claimed() -> str:
+            nonlocal claim
+            if trainer.is_global_zero and not is_done(directory, settings):
+                claim = claims.take(*claims.of_step(self.run_directory, step, settings))
+                return "mine" if claim else "elsewhere"
+            return "done"
+
+        outcome = self.ranks.broadcast(self.ranks.together(claimed))
+        if outcome == "mine":
+            with claim or contextlib.nullcontext():  # rank 0 holds it for all
+                if claim is not None:
+                    remove_orphans(directory)
+                finished = self._evaluate(trainer, module, step)
+            if not finished:
+                self.on_interrupt(trainer, module)
+        elif outcome == "done" and trainer.is_global_zero:
+            # A resumed run has dropped the lines that it repeats.
+            for results in read_results(directory):
+                if results.get("evaluation", {}).get("settings") == settings:
+                    self._log(trainer, results, step)
+
+    def _evaluate(self, trainer: Trainer, module: LightningModule, step: int) -> bool:
+        """Whether it came to its end."""
+        started = time.monotonic()
+        reporter = next((c for c in trainer.callbacks if isinstance(c, Reporter)), None)
+        shown = _Progress(reporter, self.console, step, trainer.is_global_zero)
+        runtime = Runtime(
+            budget=self.config.tokens_per_forward, should_stop=self.should_stop,
+            progress=shown.update, ranks=self.ranks,
+        )  # fmt: skip
+        try:
+            with trainer.precision_plugin.forward_context():
+                backend = TransformerBackend(module.model)
+                results = run(module.model, backend, self.tokenizer, self.benchmarks, runtime)
+        except EvaluationInterruptedError:
+            if trainer.is_global_zero:
+                line = f"evaluation at step {step} interrupted; it is made up for after resuming"
+                self.console.print(line, highlight=False)
+            return False
+        finally:
+            shown.end()
+        self.ranks.together(lambda: self._publish(trainer, results, step))
+        if trainer.is_global_zero:
+            seconds = time.monotonic() - started
+            line = f"step {step}  {headline(results)}  (evaluated in {seconds:.1f} s)"
+            self.console.print(line, highlight=False, soft_wrap=True)
+        if reporter is not None and hasattr(reporter, "measured_step"):
+            reporter.leave_out(trainer)
+        return True
+
+    def _publish(self, trainer: Trainer, results: dict[str, Any], step: int) -> None:
+        if not trainer.is_global_zero:
+            return
+        directory = step_directory(self.run_directory, step)
+        write_results(directory, results, str(self.run_directory), step)
+        write_summary(self.run_directory)
+        self._log(trainer, results, step)
+
+    def _log(self, trainer: Trainer, results: dict[str, Any], step: int) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics(results), step=step)
+            logger.save()
+
+
+class _Progress:
+    """A second bar below the run's, or a line now and then where the output is no terminal."""
+
+    def __init__(self, reporter: Reporter | None, console: Console, step: int, is_zero: bool):
+        self.bar = reporter.progress if reporter is not None and is_zero else None
+        self.console, self.step, self.is_zero = console, step, is_zero
+        self.line_at = time.monotonic()
+        self.task = None
+        if self.bar is not None:
+            self.task = self.bar.add_task("evaluate", total=None, numbers="rows evaluated")
+
+    def update(self, done: int, total: int) -> None:
+        """Takes finished and total rows of this rank."""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, total=total)
+        elif self.is_zero and time.monotonic() - self.line_at >= LINES_EVERY_S:
+            self.line_at = time.monotonic()
+            line = f"evaluating step {self.step}: {done} of {total} rows"
+            self.console.print(line, highlight=False)
+
+    def end(self) -> None:
+        """Takes the bar away."""
+        if self.bar is not None:
+            self.bar.remove_task(self.task)

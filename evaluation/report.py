@@ -1,0 +1,192 @@
+"""Tables of results, and how sure they are.
+
+All intervals come from resampling rows. A row takes few distinct values (right or wrong), so that a
+resample of n rows is a multinomial draw over these: exact, and cheap for 10,000 rows.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from evaluation.results import metrics
+
+N_RESAMPLE = 10_000
+SEED = 0
+LEVEL = (2.5, 97.5)
+PROTOCOLS = {
+    "core_paper": "per byte, v1 baselines, as in the paper",
+    "core_dclm_v1": "per token, v1 baselines",
+    "core_dclm_v2": "per token, baselines corrected in 2025",
+}
+NOISE = (
+    "CORE differs between runs of one recipe by more than the paper's gain: a difference within "
+    "one pair of runs is about these two runs, not about their recipes"
+)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95% bootstrap interval over rows."""
+
+    value: float
+    low: float
+    high: float
+    p_positive: float = float("nan")
+    """Share of the resamples above zero."""
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f}  [{self.low:.4f}, {self.high:.4f}]"
+
+
+def _resampled_means(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Means of N_RESAMPLE resamples of the values."""
+    distinct, counts = np.unique(values, return_counts=True)
+    drawn = generator.multinomial(len(values), counts / len(values), size=N_RESAMPLE)
+    return drawn @ distinct / len(values)
+
+
+def bootstrap(rows_of_tasks: list[np.ndarray]) -> Interval:
+    """The mean over tasks of their mean row, resampling rows within each task."""
+    generator = np.random.default_rng(SEED)
+    means = np.mean([_resampled_means(rows, generator) for rows in rows_of_tasks], axis=0)
+    low, high = np.percentile(means, LEVEL)
+    value = float(np.mean([rows.mean() for rows in rows_of_tasks]))
+    return Interval(value, float(low), float(high), float((means > 0).mean()))
+
+
+def aggregate_metric(results: dict[str, Any], group: str) -> str | None:
+    """The metric that a group averages over its tasks; None where it only lists them."""
+    values = results.get("groups", {}).get(group, {})
+    return next((k.partition(",")[0] for k in values if "," in k and "_stderr" not in k), None)
+
+
+def leaf_tasks(results: dict[str, Any], group: str) -> list[str]:
+    """All tasks below a group."""
+    names = []
+    for child in results.get("group_subtasks", {}).get(group, []):
+        is_group = child in results["group_subtasks"]
+        names += leaf_tasks(results, child) if is_group else [child]
+    return names
+
+
+def row_values(results: dict[str, Any], task: str, metric: str) -> dict[int, float]:
+    """The metric of every scored row of a task, by row."""
+    return {
+        sample["doc_id"]: float(sample[metric])
+        for sample in results["samples"].get(task, [])
+        if isinstance(sample.get(metric), float | int)
+    }
+
+
+def _group_interval(results: dict[str, Any], group: str) -> Interval | None:
+    metric = aggregate_metric(results, group)
+    if metric is None:
+        return None
+    rows = [list(row_values(results, t, metric).values()) for t in leaf_tasks(results, group)]
+    if not rows or not all(rows):
+        return None
+    return bootstrap([np.array(r) for r in rows])
+
+
+def table(results: dict[str, Any]) -> str:
+    """What `bov evaluate` prints."""
+    groups = results.get("groups", {})
+    lines = [f"{'task':<34}{'shots':>5}{'rows':>7}{'accuracy':>10}{'stderr':>8}{'chance':>8}"
+             f"{'centred':>9}"]  # fmt: skip
+    for name, values in results["results"].items():
+        if name in groups:
+            continue
+        lines += _task_lines(name, values, results)
+    for group in groups:
+        interval = _group_interval(results, group)
+        if interval is None:
+            lines.append(f"{group}: not all of its tasks have rows, so it has no mean")
+            continue
+        about = PROTOCOLS.get(group)
+        lines.append(f"{group:<34}{interval}" + (f"  ({about})" if about else ""))
+    return "\n".join([*lines, *notes(results)])
+
+
+def _task_lines(name: str, values: dict[str, Any], results: dict[str, Any]) -> list[str]:
+    shots, n_row = results["n-shot"].get(name, 0), values.get("sample_len", 0)
+    shots = results["evaluation"]["fewer_shots"].get(name, shots)
+    head = f"{name:<34}{shots if shots is not None else '-':>5}{n_row:>7}"
+    baseline = (results["configs"].get(name, {}).get("metadata") or {}).get("baseline")
+    if baseline is not None and "acc,none" in values:
+        return [
+            f"{head}{values['acc,none']:>10.4f}{_number(values.get('acc_stderr,none')):>8}"
+            f"{baseline['v1']:>8.3f}{values['centered,none']:>9.4f}"
+        ]
+    lines = []
+    for key in (k for k in values if "," in k and "_stderr" not in k):
+        metric, _, kind = key.partition(",")
+        label = metric if kind == "none" else f"{metric} ({kind})"
+        stderr = _number(values.get(f"{metric}_stderr,{kind}"))
+        lines.append(f"{head}{_number(values[key]):>10}{stderr:>8}  {label}")
+    return lines or [f"{head}  no rows"]
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float | int) else "-"
+
+
+def notes(results: dict[str, Any]) -> list[str]:
+    """What the numbers must not be read without."""
+    extra, lines = results["evaluation"], []
+    if cropped := extra["cropped_prompts"]:
+        each = ", ".join(f"{task} {n}" for task, n in cropped.items())
+        lines.append(
+            f"note: {sum(cropped.values())} prompts exceed the context of {extra['max_length']} "
+            f"tokens; their first tokens were left out ({each})"
+        )
+    if late := extra["rows_left_out"]:
+        each = ", ".join(f"{task} {n}" for task, n in late.items())
+        lines.append(f"note: the time limit left rows out ({each})")
+    if fewer := extra["fewer_shots"]:
+        each = ", ".join(f"{task} {n}" for task, n in fewer.items())
+        lines.append(f"note: fewer shots than the protocol's, for want of rows ({each})")
+    return lines
+
+
+def compare(ours: dict[str, Any], theirs: dict[str, Any], names: tuple[str, str]) -> str:
+    """The paired differences, first minus second, with bootstrap intervals over common rows."""
+    lines = [f"{names[0]} minus {names[1]}, paired by row",
+             f"{'':<34}{'rows':>7}{'difference':>12}  95% interval        P(> 0)"]  # fmt: skip
+    pairs: dict[tuple[str, str], np.ndarray] = {}
+
+    def paired(task: str, metric: str) -> np.ndarray:
+        if (task, metric) not in pairs:
+            a, b = (row_values(r, task, metric) for r in (ours, theirs))
+            pairs[task, metric] = np.array([a[i] - b[i] for i in sorted(a.keys() & b.keys())])
+        return pairs[task, metric]
+
+    for task, values in ours["results"].items():
+        if task in ours.get("groups", {}):
+            continue
+        metric = next((k.partition(",")[0] for k in values if "," in k), None)
+        if metric is None or not len(rows := paired(task, metric)):
+            continue
+        lines.append(_difference(task, len(rows), bootstrap([rows])))
+    for group in ours.get("groups", {}):
+        metric = aggregate_metric(ours, group)
+        rows = [paired(t, metric) for t in leaf_tasks(ours, group)] if metric else []
+        if rows and all(map(len, rows)):
+            lines.append(_difference(group, sum(map(len, rows)), bootstrap(rows)))
+    if any(group in PROTOCOLS for group in ours.get("groups", {})):
+        lines.append(f"note: {NOISE}")
+    return "\n".join(lines)
+
+
+def headline(results: dict[str, Any]) -> str:
+    """The numbers of one evaluation in one line: groups that have a mean, and single tasks."""
+    found = metrics(results)
+    groups = [g for g in results.get("group_subtasks", {}) if aggregate_metric(results, g)]
+    inside = {t for g in groups for t in leaf_tasks(results, g)}
+    names = [n for n in found if n.removeprefix("eval/") not in inside]
+    return "  ".join(f"{name.removeprefix('eval/')} {found[name]:.4f}" for name in names)
+
+
+def _difference(name: str, n_row: int, interval: Interval) -> str:
+    span = f"[{interval.low:+.4f}, {interval.high:+.4f}]"
+    return f"{name:<34}{n_row:>7}{interval.value:>+12.4f}  {span}  {interval.p_positive:.3f}"
