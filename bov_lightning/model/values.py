@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bov_lightning.errors import UserError
-from bov_lightning.model.attention import attend
+from bov_lightning.model.decode import attend_bank, attend_values
 from bov_lightning.model.layers import Linear, rms_norm, uniform_
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class FirstLayerValue(ValueSource):
 
     def attend_past(self, inputs, q_BHTD, k_BKSD, mask, past):
         v_BTKD = inputs.first_value.unflatten(-1, (k_BKSD.shape[1], -1))
-        return attend(q_BHTD, k_BKSD, past.values.extend(v_BTKD), mask)
+        return attend_values(q_BHTD, k_BKSD, past.values.extend(v_BTKD), mask)
 
 
 class InitialEmbeddingValue(ValueSource):
@@ -152,10 +152,7 @@ class BankOfValues(ValueSource):
         past.keep_token_ids()
 
     def attend_past(self, inputs, q_BHTD, k_BKSD, mask, past):
-        n_row, n_kv_head, n_key, head_dim = k_BKSD.shape
-        rows = F.embedding(past.token_ids, self.table)
-        v_BKSD = rows.view(n_row, n_key, n_kv_head, head_dim).transpose(1, 2).to(q_BHTD.dtype)
-        return attend(q_BHTD, k_BKSD, v_BKSD, mask)
+        return attend_bank(q_BHTD, k_BKSD, past.token_ids, self.table, mask)
 
     @torch.no_grad()
     def initialise(self, values, prefix, embedding, generator):
@@ -239,7 +236,7 @@ class LayerValues(nn.Module):
         if self.value_cache:
             value = self(inputs)
             v_BKSD = past.values.extend(value.unflatten(-1, (k_BKSD.shape[1], -1)))
-            return attend(q_BHTD, k_BKSD, v_BKSD.to(q_BHTD.dtype), mask), value
+            return attend_values(q_BHTD, k_BKSD, v_BKSD, mask), value
         scale = self.constant if self.coefficient is None else self.coefficient
         y_BHTD = self._source.attend_past(inputs, q_BHTD, k_BKSD, mask, past)
         return scale * y_BHTD, None
