@@ -168,16 +168,42 @@ def _generate(arguments: list[str]) -> None:
     parser.add_argument(
         "checkpoint", help="a run directory (its newest checkpoint) or a checkpoint"
     )
-    parser.add_argument("--prompt", default="", help="text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=100, help="tokens to sample")
+    parser.add_argument(
+        "--prompt", action="append", default=[], help="text to continue; again for several"
+    )
+    parser.add_argument("--prompt-file", metavar="F", help="a file whose text is a prompt; - stdin")
+    parser.add_argument(
+        "--prompts", metavar="F",
+        help='one prompt per line, or per line {"prompt": "..."}; - reads stdin',
+    )  # fmt: skip
+    parser.add_argument("--max-new-tokens", type=int, default=100, help="tokens to add at most")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest")
-    parser.add_argument("--top-k", type=int, help="sample among the k likeliest only")
+    parser.add_argument("--top-k", type=int, help="choose among the k likeliest only")
+    parser.add_argument("--top-p", type=float, help="and among those of this probability")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="S", help="end before this text; repeatable"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="prompts continued together")
+    parser.add_argument(
+        "--max-context", type=int,
+        help="tokens of prompt and continuation at most; 10 x sequence_len if not given",
+    )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
-    known = parser.parse_args(arguments)
-    from bov_lightning.generate import generate
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
+    known = vars(parser.parse_args(arguments))
+    from bov_lightning.generate import Sampling, generate, read_prompts
 
-    generate(**vars(known))
+    prompts = read_prompts(known.pop("prompt"), known.pop("prompt_file"), known.pop("prompts"))
+    sampling = Sampling(
+        stop=tuple(known.pop("stop")),
+        **{
+            name: known.pop(name)
+            for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+        },
+    )
+    generate(prompts=prompts, sampling=sampling, as_json=known.pop("json"), **known)
 
 
 def _import(arguments: list[str]) -> None:

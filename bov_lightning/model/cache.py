@@ -206,7 +206,7 @@ class Cache:
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._lengths = [0] * batch_size
         self._spans: dict[int | None, Span] = {}
-        self._stores: list[Store] = []
+        self.stores: list[Store] = []
         self._first_values: dict[Span, Store] = {}
         self._whole = self.span(None)
         self._token_ids: Tensor | None = None
@@ -227,8 +227,8 @@ class Cache:
     def new_store(self, span: Span) -> Store:
         """Room for one key or value vector per kept token."""
         shape = (self.batch_size, self.config.n_kv_head, span.capacity, self.config.head_dim)
-        self._stores.append(Store(span, torch.zeros(shape, dtype=self.dtype, device=self.device)))
-        return self._stores[-1]
+        self.stores.append(Store(span, torch.zeros(shape, dtype=self.dtype, device=self.device)))
+        return self.stores[-1]
 
     def first_values(self, span: Span) -> Store:
         """The first layer's values within ``span``: its own store where its window is the same."""
@@ -303,8 +303,16 @@ class Cache:
         """Counts the step's tokens."""
         self._lengths = self._step.after
         self.lengths = torch.tensor(self._lengths, device=self.device)
-        for store in self._stores:
+        for store in self.stores:
             store.release()
+
+    def pretend(self, token_ids_BT: Tensor) -> None:
+        """Counts tokens as seen without computing anything for them, for benchmarks."""
+        n_row, n_token = token_ids_BT.shape
+        self._lengths = [n_token] * n_row
+        self.lengths = torch.tensor(self._lengths, device=self.device)
+        if self._token_ids is not None:
+            self._token_ids[:, :n_token] = token_ids_BT
 
     def select(self, rows: "Tensor | list[int]") -> "Cache":
         """An independent cache whose row i continues this one's row ``rows[i]``."""
@@ -317,7 +325,7 @@ class Cache:
         chosen._lengths = [self._lengths[row] for row in index.tolist()]
         chosen.lengths, chosen.previous_B1C = self.lengths[index], self.previous_B1C[index]
         used = max(self._lengths)
-        for source, copy in zip(self._stores, chosen._stores, strict=True):
+        for source, copy in zip(self.stores, chosen.stores, strict=True):
             copy.kept[:, :, :used] = source.kept[index, :, :used]
         if self._token_ids is not None:
             chosen._token_ids[:, :used] = self._token_ids[index, :used]
