@@ -122,7 +122,7 @@ def against_llama(dtype: torch.dtype, n_prompt: int, n_new: int, repeats: int) -
         while any(decoding.running):
             decoding.step()
 
-    seconds = side_by_side(
+    return side_by_side(
         {
             "llama": lambda: theirs(n_new),
             "ours": lambda: decode(n_new),
@@ -131,7 +131,6 @@ def against_llama(dtype: torch.dtype, n_prompt: int, n_new: int, repeats: int) -
         },
         repeats,
     )
-    return seconds
 
 
 def cache_bytes(context: int) -> dict[str, int]:

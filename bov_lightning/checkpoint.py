@@ -63,6 +63,15 @@ def find_checkpoint(path: str | Path) -> Path:
     raise UserError(f"{path} is no checkpoint, nor a run directory that holds a complete one")
 
 
+def is_export(directory: Path) -> bool:
+    """Whether a directory is a `transformers` export of ours: see `bov_lightning.hf`."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == "bov"
+
+
 def read_marker(checkpoint: Path) -> dict:
     """Step and version of a checkpoint."""
     try:
@@ -171,7 +180,8 @@ def load(
     """The model, in eval mode, and its tokenizer.
 
     Args:
-        path: a run directory (its newest complete checkpoint), a checkpoint or an import.
+        path: a run directory (its newest complete checkpoint), a checkpoint, an import or an
+            export.
         device: where the weights go.
         dtype: their dtype; fp32 if not given.
 
@@ -186,6 +196,10 @@ def load(
 
     from bov_lightning.model.transformer import Transformer
 
+    if is_export(Path(path)):
+        from bov_lightning.hf import load_export
+
+        return load_export(Path(path), device, dtype or torch.float32)
     checkpoint = find_checkpoint(path)
     with torch.device("meta"):
         model = Transformer(read_config(checkpoint))

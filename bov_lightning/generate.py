@@ -12,13 +12,11 @@ from torch import Tensor
 
 from bov_lightning.checkpoint import load
 from bov_lightning.errors import UserError
+from bov_lightning.model.cache import prefill
 from bov_lightning.model.transformer import Transformer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-PREFILL_CHUNK = 512
-"""Prompt tokens that a row feeds at a time."""
 
 
 @dataclass(frozen=True)
@@ -128,26 +126,11 @@ class Decoding:
         return tokens
 
     def _prefill(self) -> Tensor:
-        device = self.cache.device
         lengths = torch.tensor([len(prompt) for prompt in self.prompts])
-        longest = int(lengths.max())
-        ids = torch.zeros(len(lengths), longest, dtype=torch.int64)
+        ids = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.int64)
         for row, prompt in enumerate(self.prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt)
-        logits_BV = None
-        for first in range(0, longest, PREFILL_CHUNK):
-            chunk = ids[:, first : first + PREFILL_CHUNK].to(device)
-            new = (lengths - first).clamp(0, chunk.shape[1])
-            last = (lengths - first - 1).clamp(0, chunk.shape[1] - 1)
-            found = self.model(
-                chunk, cache=self.cache, positions_BP=last[:, None].to(device),
-                lengths=None if int(new.min()) == chunk.shape[1] else new,
-            )[:, 0]  # fmt: skip
-            if logits_BV is None:
-                logits_BV = found
-            else:
-                logits_BV = torch.where((new > 0)[:, None].to(device), found, logits_BV)
-        return logits_BV
+        return prefill(self.model, self.cache, ids.to(self.cache.device), lengths)
 
     def _decode(self) -> Tensor:
         ids = torch.tensor([[new[-1]] for new in self.new], device=self.cache.device)

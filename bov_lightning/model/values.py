@@ -82,6 +82,10 @@ class ValueSource(nn.Module):
         """
         raise NotImplementedError
 
+    def vectors_read(self, n_past: int) -> int:
+        """How many value vectors decoding one token after ``n_past`` reads at most."""
+        return n_past
+
     def initialise(
         self, values: "LayerValues", prefix: str, embedding: Tensor, generator: Generators
     ) -> None:
@@ -154,6 +158,9 @@ class BankOfValues(ValueSource):
     def attend_past(self, inputs, q_BHTD, k_BKSD, mask, past):
         return attend_bank(q_BHTD, k_BKSD, past.token_ids, self.table, mask)
 
+    def vectors_read(self, n_past):
+        return min(n_past, len(self.table))
+
     @torch.no_grad()
     def initialise(self, values, prefix, embedding, generator):
         bound = (3 / embedding.shape[1]) ** 0.5
@@ -218,6 +225,10 @@ class LayerValues(nn.Module):
     def value_cache(self) -> bool:
         """Whether decoding must keep this layer's own values."""
         return self.add_context or self._source.value_cache
+
+    def vectors_read(self, n_past: int) -> int:
+        """How many value vectors decoding one token after ``n_past`` reads at most."""
+        return n_past if self.value_cache else self._source.vectors_read(n_past)
 
     def reserve(self, past: "LayerCache") -> None:
         """Sets aside what decoding keeps of the values."""
