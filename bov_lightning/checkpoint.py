@@ -175,7 +175,11 @@ def write_checkpoint(
 
 
 def load(
-    path: str | Path, *, device: "str | torch.device" = "cpu", dtype: "torch.dtype | None" = None
+    path: str | Path,
+    *,
+    device: "str | torch.device" = "cpu",
+    dtype: "torch.dtype | None" = None,
+    bank_device: str | None = None,
 ) -> tuple["Transformer", Any]:
     """The model, in eval mode, and its tokenizer.
 
@@ -184,6 +188,8 @@ def load(
             export.
         device: where the weights go.
         dtype: their dtype; fp32 if not given.
+        bank_device: where value tables go instead: ``cpu`` (pinned memory beside a GPU) or ``mmap``
+            (they stay in the file); only the rows of ids that are seen then come to the device.
 
     Returns:
         The `Transformer`, and a ``transformers`` fast tokenizer, or None where the checkpoint has
@@ -195,17 +201,18 @@ def load(
     import torch
 
     from bov_lightning.model.transformer import Transformer
+    from bov_lightning.placement import place
 
     if is_export(Path(path)):
         from bov_lightning.hf import load_export
 
-        return load_export(Path(path), device, dtype or torch.float32)
+        return load_export(Path(path), device, dtype or torch.float32, bank_device)
     checkpoint = find_checkpoint(path)
     with torch.device("meta"):
         model = Transformer(read_config(checkpoint))
     load_weights(model, read_weights(checkpoint), checkpoint)
-    model = model.to(device=device, dtype=dtype or torch.float32).eval()
-    return model, load_tokenizer(checkpoint)
+    place(model, device, dtype or torch.float32, bank_device, [checkpoint / WEIGHTS])
+    return model.eval(), load_tokenizer(checkpoint)
 
 
 def load_tokenizer(checkpoint: Path) -> Any:

@@ -205,6 +205,10 @@ def _generate(arguments: list[str]) -> None:
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument(
+        "--bank-device", choices=["cpu", "mmap"],
+        help="keep value tables in the host's memory or in the file",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
     known = vars(parser.parse_args(arguments))
     from bov_lightning.generate import Sampling, generate, read_prompts

@@ -14,6 +14,7 @@ from bov_lightning.checkpoint import load
 from bov_lightning.errors import UserError
 from bov_lightning.model.cache import prefill
 from bov_lightning.model.transformer import Transformer
+from bov_lightning.model.values import BankOfValues
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -225,6 +226,12 @@ def read_prompts(
     return found or [""]
 
 
+def table_bytes(model: Transformer) -> int:
+    """Bytes of a model's value tables, wherever they lie."""
+    banks = [module for module in model.modules() if isinstance(module, BankOfValues)]
+    return sum((bank.table if bank.host is None else bank.host).nbytes for bank in banks)
+
+
 def _check_device(device: str) -> None:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: this machine has no usable GPU; use --device cpu")
@@ -233,7 +240,7 @@ def _check_device(device: str) -> None:
 def generate(
     checkpoint: str, prompts: list[str], sampling: Sampling, *, batch_size: int = 8,
     max_context: int | None = None, device: str = "cpu", dtype: str = "float32",
-    as_json: bool = False, **load_options,
+    as_json: bool = False, bank_device: str | None = None,
 ) -> None:  # fmt: skip
     """Prints every prompt with its continuation, up to the end of the document or a stop string.
 
@@ -243,7 +250,9 @@ def generate(
     if batch_size < 1 or (max_context is not None and max_context < 1):
         raise UserError("--batch-size and --max-context are at least 1")
     _check_device(device)
-    model, tokenizer = load(checkpoint, device=device, dtype=getattr(torch, dtype), **load_options)
+    model, tokenizer = load(
+        checkpoint, device=device, dtype=getattr(torch, dtype), bank_device=bank_device
+    )
     if tokenizer is None:
         raise UserError(f"{checkpoint} has no tokenizer, so it cannot read a prompt")
     start = tokenizer.bos_token_id
@@ -252,8 +261,7 @@ def generate(
         [*([] if start is None else [start]), *tokenizer.encode(text, add_special_tokens=False)]
         for text in prompts
     ]
-    tables = model.grouped_parameters().get("table", [])
-    statistics = Statistics(table_bytes=sum(table.nbytes for table in tables))
+    statistics = Statistics(table_bytes=table_bytes(model))
     live = len(prompts) == 1 and not as_json
     for first in range(0, len(prompts), batch_size):
         batch = slice(first, first + batch_size)

@@ -40,17 +40,19 @@ from bov_lightning.model import (
     decode,
     layers,
     loss,
+    offload,
     transformer,
     values,
 )
 from bov_lightning.model.config import TransformerConfig
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.nanochat import config_yaml
+from bov_lightning.placement import place
 
 MODULE = "modeling_bov"
 WEIGHTS = "model.safetensors"
 PARTS = (
-    errors, layers, config, attention, decode, values, loss, cache, transformer, hf_model,
+    errors, layers, config, attention, decode, values, loss, offload, cache, transformer, hf_model,
 )  # fmt: skip
 """The files of the network, each after those that it imports."""
 
@@ -274,6 +276,14 @@ def _run_figures(checkpoint: Path, step: int) -> list[tuple[str, str]]:
     return figures
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of an export; `transformers` may have saved several."""
+    files = sorted(directory.glob("model*.safetensors"))
+    if not files:
+        raise UserError(f"{directory} holds no {WEIGHTS}")
+    return files
+
+
 def read_export(directory: Path) -> tuple[BoVConfig, dict[str, Tensor]]:
     """Configuration and weights of an export, by our names; runs none of its code."""
     from safetensors import SafetensorError
@@ -287,10 +297,7 @@ def read_export(directory: Path) -> tuple[BoVConfig, dict[str, Tensor]]:
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{directory / 'config.json'} cannot be read: {error}") from error
     weights: dict[str, Tensor] = {}
-    files = sorted(directory.glob("model*.safetensors"))
-    if not files:
-        raise UserError(f"{directory} holds no {WEIGHTS}")
-    for file in files:
+    for file in weight_files(directory):
         try:
             found = load_file(file)
         except (OSError, SafetensorError) as error:
@@ -300,19 +307,20 @@ def read_export(directory: Path) -> tuple[BoVConfig, dict[str, Tensor]]:
 
 
 def load_export(
-    directory: Path, device: str | torch.device, dtype: torch.dtype
+    directory: Path, device: str | torch.device, dtype: torch.dtype, bank_device: str | None = None
 ) -> tuple[Transformer, Any]:
     """The model of an export, in eval mode, and its tokenizer or None; see `bov_lightning.load`."""
     shape, weights = read_export(directory)
     with torch.device("meta"):
         model = Transformer(shape.transformer_config())
     load_weights(model, weights, directory)
+    place(model, device, dtype, bank_device, weight_files(directory), "model.")
     tokenizer = None
     if (directory / "tokenizer.json").is_file():
         from transformers import PreTrainedTokenizerFast
 
         tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
-    return model.to(device=device, dtype=dtype).eval(), tokenizer
+    return model.eval(), tokenizer
 
 
 def import_hf(directory: Path, output: Path) -> TransformerConfig:

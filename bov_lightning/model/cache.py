@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bov_lightning.errors import UserError
 from bov_lightning.model.config import TransformerConfig
+from bov_lightning.model.offload import BankRows, HostTable, Slots
 
 if TYPE_CHECKING:
     from torch import nn
@@ -188,6 +189,14 @@ class LayerCache:
         """(B, S), int64, in the order of the keys."""
         return self.span.token_ids
 
+    def keep_rows(self, table: HostTable) -> None:
+        """Fetches the rows of new ids from a table outside of the device's memory."""
+        self.cache.keep_rows(table)
+
+    def rows(self, table: HostTable) -> tuple[Tensor, Tensor]:
+        """The slots of `token_ids`, and the rows by slot."""
+        return self.cache.slots.on_device[self.token_ids], self.cache.rows[table].wait()
+
 
 class Cache:
     """The past of a batch of texts, to be passed to `Transformer.forward` with each new piece.
@@ -213,6 +222,8 @@ class Cache:
         self._spans: dict[int | None, Span] = {}
         self.stores: list[Store] = []
         self._first_values: dict[Span, Store] = {}
+        self.rows: dict[HostTable, BankRows] = {}
+        self.slots: Slots | None = None
         self._whole = self.span(None)
         self._token_ids: Tensor | None = None
         if config.document_start is not None:
@@ -250,6 +261,13 @@ class Cache:
             shape = (self.batch_size, self.max_context)
             self._token_ids = torch.zeros(shape, dtype=torch.int64, device=self.device)
 
+    def keep_rows(self, table: HostTable) -> None:
+        """Keeps the rows of seen ids on the device; once per table."""
+        if self.slots is None:
+            self.slots = Slots(self.config.padded_vocab_size, self.device)
+        if table not in self.rows:
+            self.rows[table] = BankRows(table, self.dtype, self.device)
+
     def begin(self, token_ids_BT: Tensor, lengths: Tensor | None) -> Tensor:
         """Starts a step; returns the positions of the new tokens, (1 or B, T).
 
@@ -281,6 +299,10 @@ class Cache:
                     f"token id {low if low < 0 else high} is outside of the vocabulary of "
                     f"{self.config.vocab_size}"
                 )
+        if self.slots is not None:
+            new_ids = self.slots.admit(token_ids_BT)
+            for rows in self.rows.values():
+                rows.prefetch(new_ids)
         for span in self._spans.values():
             span.begin(step, self._token_ids, self.config.document_start)
         if self._token_ids is not None:
@@ -318,6 +340,10 @@ class Cache:
         self.lengths = torch.tensor(self._lengths, device=self.device)
         if self._token_ids is not None:
             self._token_ids[:, :n_token] = token_ids_BT
+        if self.slots is not None:
+            new_ids = self.slots.admit(token_ids_BT)
+            for rows in self.rows.values():
+                rows.prefetch(new_ids)
 
     def select(self, rows: "Tensor | list[int]") -> "Cache":
         """An independent cache whose row i continues this one's row ``rows[i]``."""
@@ -334,6 +360,9 @@ class Cache:
             copy.kept[:, :, :used] = source.kept[index, :, :used]
         if self._token_ids is not None:
             chosen._token_ids[:, :used] = self._token_ids[index, :used]
+        if self.slots is not None:
+            chosen.slots = self.slots.copy()
+            chosen.rows = {table: rows.copy() for table, rows in self.rows.items()}
         return chosen
 
     @property
@@ -349,9 +378,12 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything kept, token ids and the smear's state included."""
+        """Bytes of everything kept, token ids, the smear's state and fetched rows included."""
         ids = 0 if self._token_ids is None else self._token_ids.nbytes
-        return sum(self.nbytes_per_layer) + ids + self.previous_B1C.nbytes + self.lengths.nbytes
+        rows = sum(rows.nbytes for rows in self.rows.values())
+        slots = 0 if self.slots is None else self.slots.on_device.nbytes
+        shared = ids + self.previous_B1C.nbytes + self.lengths.nbytes + rows + slots
+        return sum(self.nbytes_per_layer) + shared
 
 
 def prefill(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bov_lightning.model.attention import Mask
     from bov_lightning.model.cache import LayerCache
     from bov_lightning.model.config import TransformerConfig
+    from bov_lightning.model.offload import HostTable
 
 GATE_CHANNELS = 12
 """The gate reads the first channels of x."""
@@ -148,15 +149,26 @@ class BankOfValues(ValueSource):
     def __init__(self, config: "TransformerConfig"):
         super().__init__(config)
         self.table = nn.Parameter(torch.empty(config.padded_vocab_size, config.d_value))
+        self.host: HostTable | None = None
+
+    def offload(self, host: "HostTable") -> None:
+        """Takes the table from elsewhere, for inference; this module then holds none."""
+        self.host, self.table = host, None
 
     def forward(self, inputs, projection):
-        return F.embedding(inputs.token_ids, self.table)
+        if self.host is None:
+            return F.embedding(inputs.token_ids, self.table)
+        rows = self.host.take(inputs.token_ids.flatten().cpu())
+        return rows.to(inputs.x).unflatten(0, inputs.token_ids.shape)
 
     def reserve(self, past):
         past.keep_token_ids()
+        if self.host is not None:
+            past.keep_rows(self.host)
 
     def attend_past(self, inputs, q_BHTD, k_BKSD, mask, past):
-        return attend_bank(q_BHTD, k_BKSD, past.token_ids, self.table, mask)
+        ids, table = (past.token_ids, self.table) if self.host is None else past.rows(self.host)
+        return attend_bank(q_BHTD, k_BKSD, ids, table, mask)
 
     def vectors_read(self, n_past):
         return min(n_past, len(self.table))
