@@ -38,6 +38,7 @@ from bov_lightning.model import (
     cache,
     config,
     decode,
+    kernels,
     layers,
     loss,
     offload,
@@ -52,7 +53,8 @@ from bov_lightning.placement import place
 MODULE = "modeling_bov"
 WEIGHTS = "model.safetensors"
 PARTS = (
-    errors, layers, config, attention, decode, values, loss, offload, cache, transformer, hf_model,
+    errors, layers, config, attention, kernels, decode, values, loss, offload, cache, transformer,
+    hf_model,
 )  # fmt: skip
 """The files of the network, each after those that it imports."""
 

@@ -116,14 +116,19 @@ def attend_summed(
     return torch.cat(rows).to(q_BHTD.dtype)
 
 
-def best_way(n_token: int, n_past: int, n_vocab: int) -> Callable[..., Tensor]:
-    """Which of the three reads a bank: by the number of new tokens and by the length of the past.
+def best_way(n_token: int, n_past: int, n_vocab: int, on_cuda: bool = False) -> Callable:
+    """Which of these reads a bank: by the number of new tokens and by the length of the past.
 
     From about |V| tokens on, so many are equal that summing their weights first saves more reads
-    than it costs.
+    than it costs. On CUDA one kernel does it all, where Triton is installed.
     """
     if n_token > 1:
         return attend_gathered
+    if on_cuda:
+        from bov_lightning.model.kernels import attend_fused, triton
+
+        if triton is not None:
+            return attend_fused
     return attend_summed if n_past > n_vocab else attend_bag
 
 
@@ -131,5 +136,5 @@ def attend_bank(
     q_BHTD: Tensor, k_BKSD: Tensor, token_ids_BS: Tensor, table: Tensor, mask: Mask
 ) -> Tensor:
     """Attention (B, H, T, D) to a past whose values are rows of ``table`` (N, K*D)."""
-    way = best_way(q_BHTD.shape[2], k_BKSD.shape[2], len(table))
+    way = best_way(q_BHTD.shape[2], k_BKSD.shape[2], len(table), q_BHTD.is_cuda)
     return way(q_BHTD, k_BKSD, token_ids_BS, table, mask)
