@@ -34,15 +34,22 @@ MODEL_135M = TransformerConfig(12, 6, 6, 768, VOCAB, 2048, "SSSL", value=BOV)
 MODEL_780M = TransformerConfig(24, 12, 12, 1536, VOCAB, 2048, "SSSL", value=BOV)
 
 
-def side_by_side(actions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each action; they take turns, after one turn of warming up."""
+def side_by_side(
+    actions: dict[str, Callable[[], object]], repeats: int, at_least: float = 4.0
+) -> dict[str, float]:
+    """Median seconds of each action; they take turns, after one turn of warming up.
+
+    Short actions are repeated until they took ``at_least`` seconds together, or 50 times.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for turn in range(repeats + 1):
+    turn, begin = 0, time.perf_counter()
+    while turn <= repeats or (turn <= 50 and time.perf_counter() - begin < at_least):
         for name, action in actions.items():
             started = time.perf_counter()
             action()
-            if turn:
+            if turn or repeats == 0:
                 seconds[name].append(time.perf_counter() - started)
+        turn += 1
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -89,7 +96,7 @@ def whole_model(batch: int, context: int, repeats: int) -> dict[str, float]:
     actions = {}
     for name, config in {"bov": MODEL_135M, "standard": with_standard_values(MODEL_135M)}.items():
         model = Transformer(config).eval()
-        cache = filled(model.new_cache(batch, context + repeats + 1), context)
+        cache = filled(model.new_cache(batch, context + max(repeats, 50) + 1), context)
         token = zipf_ids(batch, 1)
         actions[name] = lambda model=model, token=token, cache=cache: model(token, cache=cache)
     return side_by_side(actions, repeats)
@@ -130,6 +137,7 @@ def against_llama(dtype: torch.dtype, n_prompt: int, n_new: int, repeats: int) -
             "ours_prompt": lambda: decode(1),
         },
         repeats,
+        at_least=0,
     )
 
 
@@ -158,7 +166,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, nargs="+", default=[1024, 8192, 32768, 131072])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--llama-repeats", type=int, default=1)
+    parser.add_argument("--llama-repeats", type=int, default=0, help="after a first; 0: once")
     parser.add_argument("--memory-gb", type=float, default=16, help="skip what needs more")
     options = parser.parse_args()
 

@@ -263,9 +263,10 @@ def _run_figures(checkpoint: Path, step: int) -> list[tuple[str, str]]:
     run, figures = checkpoint.parent.parent, []
     try:
         content = json.loads((run / "run.json").read_text())
-        figures.append(("trained on", f"data {content.get('data')}"))
-        figures.append(("code", f"commit {content.get('git_commit')}"))
-    except (OSError, ValueError):
+        prints = content.get("data") or {}
+        figures += [(f"fingerprint: {name}", str(value)) for name, value in prints.items()]
+        figures.append(("git commit", str(content.get("git_commit"))))
+    except (OSError, ValueError, AttributeError):
         return []
     try:
         with open(run / "metrics.csv", newline="") as file:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from variants import OVERLAYS, make_model, perturb, token_ids
+from variants import OVERLAYS, make_model, mostly_slow, perturb, token_ids
 
 import bov_lightning
 from bov_lightning.checkpoint import MARKER, read_weights, write_checkpoint
@@ -49,7 +49,7 @@ def model(exported) -> BoVForCausalLM:
     return AutoModelForCausalLM.from_pretrained(exported).eval()
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", mostly_slow(OVERLAYS, {"bov", "value_embedding_gated"}))
 @torch.no_grad()
 def test_every_variant_goes_out_and_comes_back(name, tmp_path):
     source = write(tmp_path, name, n_layer=3, window_pattern="SL")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from variants import OVERLAYS, make_model, perturb, token_ids
+from variants import OVERLAYS, make_model, mostly_slow, perturb, token_ids
 
 import bov_lightning
 from bov_lightning.checkpoint import write_checkpoint
@@ -31,7 +31,7 @@ def tokens_of(model) -> list[list[int]]:
     return decoding.new
 
 
-@pytest.mark.parametrize("name", BANKS)
+@pytest.mark.parametrize("name", mostly_slow(BANKS, {"bov", "bov_shared_table"}))
 @torch.no_grad()
 def test_offloaded_banks_compute_the_same(name, tmp_path):
     checkpoint = write(tmp_path, name)
