@@ -135,6 +135,15 @@ def find_checkpoint(path: str | Path) -> Path:
     raise UserError(f"{path} is no checkpoint, nor a run directory that holds a complete one")
 
 
+def is_export(directory: Path) -> bool:
+    """Whether a directory is a `transformers` export of ours: see `bov_lightning.hf`."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == "bov"
+
+
 def read_marker(checkpoint: Path) -> dict:
     """Step and version of a checkpoint."""
     try:
@@ -277,14 +286,21 @@ def list_files(directory: Path) -> list[str]:
 
 
 def load(
-    path: str | Path, *, device: "str | torch.device" = "cpu", dtype: "torch.dtype | None" = None
+    path: str | Path,
+    *,
+    device: "str | torch.device" = "cpu",
+    dtype: "torch.dtype | None" = None,
+    bank_device: str | None = None,
 ) -> tuple["Transformer", Any]:
     """The model, in eval mode, and its tokenizer.
 
     Args:
-        path: a run directory (its newest complete checkpoint), a checkpoint or an import.
+        path: a run directory (its newest complete checkpoint), a checkpoint, an import or an
+            export.
         device: where the weights go.
         dtype: their dtype; fp32 if not given.
+        bank_device: where value tables go instead: ``cpu`` (pinned memory beside a GPU) or ``mmap``
+            (they stay in the file); only the rows of ids that are seen then come to the device.
 
     Returns:
         The `Transformer`, and a ``transformers`` fast tokenizer, or None where the checkpoint has
@@ -296,13 +312,21 @@ def load(
     import torch
 
     from bov_lightning.model.transformer import Transformer
+    from bov_lightning.placement import place
 
+    if is_export(Path(path)):
+        from bov_lightning.hf import load_export
+
+        return load_export(Path(path), device, dtype or torch.float32, bank_device)
     checkpoint = find_checkpoint(path)
     with torch.device("meta"):
         model = Transformer(read_config(checkpoint))
     load_weights(model, read_weights(checkpoint), checkpoint)
-    model = model.to(device=device, dtype=dtype or torch.float32).eval()
-    return model, load_tokenizer(checkpoint)
+    files = list((checkpoint / WEIGHTS).glob("*.safetensors"))
+    # Tables written by several ranks lie in pieces, which cannot be mapped.
+    whole = files if len(files) == 1 else []
+    place(model, device, dtype or torch.float32, bank_device, whole)
+    return model.eval(), load_tokenizer(checkpoint)
 
 
 def load_tokenizer(checkpoint: Path) -> Any:

@@ -12,10 +12,11 @@ usage: bov COMMAND ...
   fit        train a recipe, or continue its run       bov fit --config recipes/quickstart.yaml
   prepare    tokenize and pack a recipe's text         bov prepare --config R.yaml
   validate   measure bits per byte                     bov validate RUN-or-CHECKPOINT
-  plan       parameters, FLOPs, memory, before paying  bov plan --config R.yaml [--json]
+  plan       parameters, FLOPs, memory, before paying  bov plan --config R.yaml [--inference]
   submit     train on a SLURM cluster                  bov submit --config R.yaml --nodes N ...
   evaluate   benchmarks: CORE, or any of lm-eval's    bov evaluate RUN-or-CHECKPOINT --data-dir D
   generate   sample text                               bov generate RUN-or-CHECKPOINT --prompt P
+  export     write a Hugging Face directory            bov export RUN-or-CHECKPOINT --output D
   import     read the paper's authors' checkpoints     bov import nanochat DIR --output D
   recipes    list the recipes that come with bov
 
@@ -164,8 +165,21 @@ def _plan(arguments: list[str]) -> None:
         "--memory", metavar="80GB",
         help="of a device: a plan that needs more fails; that of this machine's GPUs if not given",
     )  # fmt: skip
+    parser.add_argument("--inference", action="store_true", help="what decoding costs instead")
+    parser.add_argument("--batch", type=int, default=1, help="rows decoded together")
+    parser.add_argument("--context", type=int, help="tokens per row; 10 x sequence_len")
+    parser.add_argument(
+        "--bandwidth", type=float, default=3350, help="memory's GB/s (an H100's if not given)"
+    )
+    parser.add_argument("--plot", type=Path, help="also draw caches against context, to a file")
     known, options = parser.parse_known_args(arguments)
     recipe, _, origin = _read_recipe(known.config, options)
+    if known.inference:
+        from bov_lightning.inference_plan import print_inference_plan
+
+        context = known.context or recipe.model.config.max_context
+        print_inference_plan(recipe, known.batch, context, known.bandwidth, known.json, known.plot)
+        return
     from bov_lightning.plan import print_plan
 
     print_plan(recipe, origin, known.devices, known.memory, as_json=known.json)
@@ -249,27 +263,82 @@ def _generate(arguments: list[str]) -> None:
     parser.add_argument(
         "checkpoint", help="a run directory (its newest checkpoint) or a checkpoint"
     )
-    parser.add_argument("--prompt", default="", help="text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=100, help="tokens to sample")
+    parser.add_argument(
+        "--prompt", action="append", default=[], help="text to continue; again for several"
+    )
+    parser.add_argument("--prompt-file", metavar="F", help="a file whose text is a prompt; - stdin")
+    parser.add_argument(
+        "--prompts", metavar="F",
+        help='one prompt per line, or per line {"prompt": "..."}; - reads stdin',
+    )  # fmt: skip
+    parser.add_argument("--max-new-tokens", type=int, default=100, help="tokens to add at most")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest")
-    parser.add_argument("--top-k", type=int, help="sample among the k likeliest only")
+    parser.add_argument("--top-k", type=int, help="choose among the k likeliest only")
+    parser.add_argument("--top-p", type=float, help="and among those of this probability")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="S", help="end before this text; repeatable"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="prompts continued together")
+    parser.add_argument(
+        "--max-context", type=int,
+        help="tokens of prompt and continuation at most; 10 x sequence_len if not given",
+    )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
-    known = parser.parse_args(arguments)
-    from bov_lightning.generate import generate
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument(
+        "--bank-device", choices=["cpu", "mmap"],
+        help="keep value tables in the host's memory or in the file",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
+    known = vars(parser.parse_args(arguments))
+    from bov_lightning.generate import Sampling, generate, read_prompts
 
-    generate(**vars(known))
+    prompts = read_prompts(known.pop("prompt"), known.pop("prompt_file"), known.pop("prompts"))
+    sampling = Sampling(
+        stop=tuple(known.pop("stop")),
+        **{
+            name: known.pop(name)
+            for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+        },
+    )
+    generate(prompts=prompts, sampling=sampling, as_json=known.pop("json"), **known)
+
+
+def _export(arguments: list[str]) -> None:
+    parser = _Parser(
+        prog="bov export", description="Writes a checkpoint as a Hugging Face directory."
+    )
+    parser.add_argument(
+        "checkpoint", help="a run directory (its newest checkpoint) or a checkpoint"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="directory to write")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    known = parser.parse_args(arguments)
+    import torch
+
+    from bov_lightning.hf import export
+
+    difference = export(known.checkpoint, known.output, getattr(torch, known.dtype))
+    print(f"{known.output}: logits equal the checkpoint's within {difference:.1g}")
 
 
 def _import(arguments: list[str]) -> None:
     parser = _Parser(prog="bov import", description="Turns another code's checkpoint into ours.")
-    parser.add_argument("kind", choices=["nanochat"], help="whose checkpoint it is")
-    parser.add_argument("directory", type=Path, help="holds model_NNNNNN.pt and meta_NNNNNN.json")
+    parser.add_argument(
+        "kind", choices=["nanochat", "hf"], help="the paper's authors' code, or a bov export"
+    )
+    parser.add_argument(
+        "directory", type=Path, help="model_NNNNNN.pt and meta_NNNNNN.json, or an export"
+    )
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
     known = parser.parse_args(arguments)
-    from bov_lightning.nanochat import import_nanochat
+    if known.kind == "hf":
+        from bov_lightning.hf import import_hf as read
+    else:
+        from bov_lightning.nanochat import import_nanochat as read
 
-    config = import_nanochat(known.directory, known.output)
+    config = read(known.directory, known.output)
     print(f"{known.output}: {config.n_layer} layers, d_model {config.d_model}, {config.value}")
 
 
@@ -292,6 +361,7 @@ COMMANDS = {
     "submit": _submit,
     "evaluate": _evaluate,
     "generate": _generate,
+    "export": _export,
     "import": _import,
     "recipes": _recipes,
 }

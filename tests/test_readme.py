@@ -18,6 +18,7 @@ EVALUATION = (REPOSITORY / "docs" / "evaluation.md").read_text(encoding="utf-8")
 DATA = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
 CLUSTERS = (REPOSITORY / "docs" / "clusters.md").read_text(encoding="utf-8")
 MEMORY = (REPOSITORY / "docs" / "memory.md").read_text(encoding="utf-8")
+INFERENCE = (REPOSITORY / "docs" / "inference.md").read_text(encoding="utf-8")
 CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
@@ -60,15 +61,17 @@ def test_readme_commands_run(workplace, capsys):
     assert "val_bpb" in capsys.readouterr().out
     assert (workplace / "runs" / "quickstart-standard").is_dir()
 
-    for line in (*commands(DATA), *commands(MEMORY), *commands(CLUSTERS)):
+    for line in filter(
+        None, commands(DATA) + commands(MEMORY) + commands(CLUSTERS) + commands(INFERENCE)
+    ):
         # Those of a cluster need one, and GPUs; tests/slurm and tests/test_distributed.py run them.
         if line in commands(CLUSTERS) and "--dry-run" not in line:
             continue
         assert main(shlex.split(line)[1:]) == 0, line
 
-    (snippet,) = blocks(README, "python")
-    names: dict = {}
-    exec(snippet, names)
+    for snippet in (*blocks(INFERENCE, "python"), *blocks(README, "python")):
+        names: dict = {}
+        exec(snippet, names)
     assert names["logits"].shape == (*names["token_ids"].shape, 4096)
 
 
@@ -139,6 +142,10 @@ assert all(p.grad is not None for p in model.parameters())
 changed = ids.clone()
 changed[0, 10] = 63
 assert torch.equal(model(ids)[:, :10], model(changed)[:, :10])
+with torch.no_grad():
+    cache = model.new_cache(1, 20)
+    pieces = [model(piece, cache=cache) for piece in ids.split((7, 1, 12), dim=1)]
+    assert torch.allclose(torch.cat(pieces, 1), model(ids), atol=1e-5)
 standard = Transformer(TransformerConfig(**shape))
 assert model.flops_per_token() == standard.flops_per_token()
 '''

@@ -1,5 +1,6 @@
 """Small models of every value variant, with weights that let no path hide."""
 
+import pytest
 import torch
 import yaml
 from conftest import REPOSITORY
@@ -38,3 +39,8 @@ def perturb(model: Transformer, smear: float) -> Transformer:
 def token_ids(n_token: int, n_row: int = 2, vocab_size: int = 70) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     return torch.randint(0, vocab_size, (n_row, n_token), generator=generator)
+
+
+def mostly_slow(names, fast) -> list:
+    """Parameters of a test that runs for a few variants at once and for all in the slow suite."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 ROTARY_BASE = 100_000
 QK_SCALE = 1.2
-"""Normed queries and keys are both multiplied by this; `attend` does it in one product."""
+"""Normed queries and keys are both multiplied by this; `attention_scale` does it in one product."""
+
+
+def attention_scale(head_dim: int) -> float:
+    """What products of normed queries and keys are multiplied by."""
+    return QK_SCALE**2 / head_dim**0.5
 
 
 def rotary_angles(n_token: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -127,7 +132,7 @@ def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Mask) -> Tensor
     masks on CUDA, where FlexAttention skips what they hide (it cannot train on a CPU).
     """
     how = {
-        "scale": QK_SCALE**2 / q_BHTD.shape[3] ** 0.5,
+        "scale": attention_scale(q_BHTD.shape[3]),
         "enable_gqa": q_BHTD.shape[1] != k_BKTD.shape[1],
     }
     if not isinstance(mask, Tensor | None):

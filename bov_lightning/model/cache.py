@@ -15,9 +15,15 @@ from torch import Tensor
 
 from bov_lightning.errors import UserError
 from bov_lightning.model.config import TransformerConfig
+from bov_lightning.model.offload import BankRows, HostTable, Slots
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from bov_lightning.model.transformer import Transformer
+
+PREFILL_CHUNK = 512
+"""New tokens that a row feeds at a time in `prefill`."""
 
 
 class Step:
@@ -183,6 +189,14 @@ class LayerCache:
         """(B, S), int64, in the order of the keys."""
         return self.span.token_ids
 
+    def keep_rows(self, table: HostTable) -> None:
+        """Fetches the rows of new ids from a table outside of the device's memory."""
+        self.cache.keep_rows(table)
+
+    def rows(self, table: HostTable) -> tuple[Tensor, Tensor]:
+        """The slots of `token_ids`, and the rows by slot."""
+        return self.cache.slots.on_device[self.token_ids], self.cache.rows[table].wait()
+
 
 class Cache:
     """The past of a batch of texts, to be passed to `Transformer.forward` with each new piece.
@@ -206,8 +220,10 @@ class Cache:
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._lengths = [0] * batch_size
         self._spans: dict[int | None, Span] = {}
-        self._stores: list[Store] = []
+        self.stores: list[Store] = []
         self._first_values: dict[Span, Store] = {}
+        self.rows: dict[HostTable, BankRows] = {}
+        self.slots: Slots | None = None
         self._whole = self.span(None)
         self._token_ids: Tensor | None = None
         if config.document_start is not None:
@@ -227,8 +243,8 @@ class Cache:
     def new_store(self, span: Span) -> Store:
         """Room for one key or value vector per kept token."""
         shape = (self.batch_size, self.config.n_kv_head, span.capacity, self.config.head_dim)
-        self._stores.append(Store(span, torch.zeros(shape, dtype=self.dtype, device=self.device)))
-        return self._stores[-1]
+        self.stores.append(Store(span, torch.zeros(shape, dtype=self.dtype, device=self.device)))
+        return self.stores[-1]
 
     def first_values(self, span: Span) -> Store:
         """The first layer's values within ``span``: its own store where its window is the same."""
@@ -244,6 +260,13 @@ class Cache:
         if self._token_ids is None:
             shape = (self.batch_size, self.max_context)
             self._token_ids = torch.zeros(shape, dtype=torch.int64, device=self.device)
+
+    def keep_rows(self, table: HostTable) -> None:
+        """Keeps the rows of seen ids on the device; once per table."""
+        if self.slots is None:
+            self.slots = Slots(self.config.padded_vocab_size, self.device)
+        if table not in self.rows:
+            self.rows[table] = BankRows(table, self.dtype, self.device)
 
     def begin(self, token_ids_BT: Tensor, lengths: Tensor | None) -> Tensor:
         """Starts a step; returns the positions of the new tokens, (1 or B, T).
@@ -276,6 +299,10 @@ class Cache:
                     f"token id {low if low < 0 else high} is outside of the vocabulary of "
                     f"{self.config.vocab_size}"
                 )
+        if self.slots is not None:
+            new_ids = self.slots.admit(token_ids_BT)
+            for rows in self.rows.values():
+                rows.prefetch(new_ids)
         for span in self._spans.values():
             span.begin(step, self._token_ids, self.config.document_start)
         if self._token_ids is not None:
@@ -303,8 +330,20 @@ class Cache:
         """Counts the step's tokens."""
         self._lengths = self._step.after
         self.lengths = torch.tensor(self._lengths, device=self.device)
-        for store in self._stores:
+        for store in self.stores:
             store.release()
+
+    def pretend(self, token_ids_BT: Tensor) -> None:
+        """Counts tokens as seen without computing anything for them, for benchmarks."""
+        n_row, n_token = token_ids_BT.shape
+        self._lengths = [n_token] * n_row
+        self.lengths = torch.tensor(self._lengths, device=self.device)
+        if self._token_ids is not None:
+            self._token_ids[:, :n_token] = token_ids_BT
+        if self.slots is not None:
+            new_ids = self.slots.admit(token_ids_BT)
+            for rows in self.rows.values():
+                rows.prefetch(new_ids)
 
     def select(self, rows: "Tensor | list[int]") -> "Cache":
         """An independent cache whose row i continues this one's row ``rows[i]``."""
@@ -317,10 +356,13 @@ class Cache:
         chosen._lengths = [self._lengths[row] for row in index.tolist()]
         chosen.lengths, chosen.previous_B1C = self.lengths[index], self.previous_B1C[index]
         used = max(self._lengths)
-        for source, copy in zip(self._stores, chosen._stores, strict=True):
+        for source, copy in zip(self.stores, chosen.stores, strict=True):
             copy.kept[:, :, :used] = source.kept[index, :, :used]
         if self._token_ids is not None:
             chosen._token_ids[:, :used] = self._token_ids[index, :used]
+        if self.slots is not None:
+            chosen.slots = self.slots.copy()
+            chosen.rows = {table: rows.copy() for table, rows in self.rows.items()}
         return chosen
 
     @property
@@ -336,6 +378,35 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything kept, token ids and the smear's state included."""
+        """Bytes of everything kept, token ids, the smear's state and fetched rows included."""
         ids = 0 if self._token_ids is None else self._token_ids.nbytes
-        return sum(self.nbytes_per_layer) + ids + self.previous_B1C.nbytes + self.lengths.nbytes
+        rows = sum(rows.nbytes for rows in self.rows.values())
+        slots = 0 if self.slots is None else self.slots.on_device.nbytes
+        shared = ids + self.previous_B1C.nbytes + self.lengths.nbytes + rows + slots
+        return sum(self.nbytes_per_layer) + shared
+
+
+def prefill(
+    model: "Transformer", cache: Cache, token_ids_BT: Tensor, lengths: Tensor | None = None
+) -> Tensor:
+    """Feeds new tokens in chunks; the logits (B, vocab_size) after each row's last one.
+
+    ``lengths`` as in `Transformer.forward`; at least 1 everywhere.
+    """
+    n_row, n_token = token_ids_BT.shape
+    lengths = torch.full((n_row,), n_token) if lengths is None else lengths.cpu()
+    logits_BV = None
+    for first in range(0, max(n_token, 1), PREFILL_CHUNK):
+        chunk = token_ids_BT[:, first : first + PREFILL_CHUNK]
+        new = (lengths - first).clamp(0, chunk.shape[1])
+        last = (lengths - first - 1).clamp(0, max(chunk.shape[1] - 1, 0))
+        whole = n_token and int(new.min()) == chunk.shape[1]
+        found = model(
+            chunk, cache=cache, lengths=None if whole else new,
+            positions_BP=last[:, None].to(chunk.device),
+        )[:, 0]  # fmt: skip
+        if logits_BV is None:
+            logits_BV = found
+        else:
+            logits_BV = torch.where((new > 0)[:, None].to(chunk.device), found, logits_BV)
+    return logits_BV

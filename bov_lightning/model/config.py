@@ -149,6 +149,11 @@ class TransformerConfig:
         return self.n_kv_head * self.head_dim
 
     @property
+    def max_context(self) -> int:
+        """Tokens that decoding makes room for unless told otherwise: 10 training rows."""
+        return 10 * self.sequence_len
+
+    @property
     def padded_vocab_size(self) -> int:
         """vocab_size rounded up to a multiple of 64, the rows of embedding, tables and head."""
         if self.vocab_size is None:

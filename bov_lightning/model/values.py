@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bov_lightning.errors import UserError
-from bov_lightning.model.attention import attend
+from bov_lightning.model.decode import attend_bank, attend_values
 from bov_lightning.model.layers import Initialiser, Linear, rms_norm
 
 if TYPE_CHECKING:
     from bov_lightning.model.attention import Mask
     from bov_lightning.model.cache import LayerCache
     from bov_lightning.model.config import TransformerConfig
+    from bov_lightning.model.offload import HostTable
 
 GATE_CHANNELS = 12
 """The gate reads the first channels of x."""
@@ -78,6 +79,10 @@ class ValueSource(nn.Module):
         """
         raise NotImplementedError
 
+    def vectors_read(self, n_past: int) -> int:
+        """How many value vectors decoding one token after ``n_past`` reads at most."""
+        return n_past
+
     def initialise(
         self, values: "LayerValues", prefix: str, embedding: Tensor, fill: Initialiser
     ) -> None:
@@ -111,7 +116,7 @@ class FirstLayerValue(ValueSource):
 
     def attend_past(self, inputs, q_BHTD, k_BKSD, mask, past):
         v_BTKD = inputs.first_value.unflatten(-1, (k_BKSD.shape[1], -1))
-        return attend(q_BHTD, k_BKSD, past.values.extend(v_BTKD), mask)
+        return attend_values(q_BHTD, k_BKSD, past.values.extend(v_BTKD), mask)
 
 
 class InitialEmbeddingValue(ValueSource):
@@ -140,18 +145,29 @@ class BankOfValues(ValueSource):
     def __init__(self, config: "TransformerConfig"):
         super().__init__(config)
         self.table = nn.Parameter(torch.empty(config.padded_vocab_size, config.d_value))
+        self.host: HostTable | None = None
+
+    def offload(self, host: "HostTable") -> None:
+        """Takes the table from elsewhere, for inference; this module then holds none."""
+        self.host, self.table = host, None
 
     def forward(self, inputs, projection):
-        return F.embedding(inputs.token_ids, self.table)
+        if self.host is None:
+            return F.embedding(inputs.token_ids, self.table)
+        rows = self.host.take(inputs.token_ids.flatten().cpu())
+        return rows.to(inputs.x).unflatten(0, inputs.token_ids.shape)
 
     def reserve(self, past):
         past.keep_token_ids()
+        if self.host is not None:
+            past.keep_rows(self.host)
 
     def attend_past(self, inputs, q_BHTD, k_BKSD, mask, past):
-        n_row, n_kv_head, n_key, head_dim = k_BKSD.shape
-        rows = F.embedding(past.token_ids, self.table)
-        v_BKSD = rows.view(n_row, n_key, n_kv_head, head_dim).transpose(1, 2).to(q_BHTD.dtype)
-        return attend(q_BHTD, k_BKSD, v_BKSD, mask)
+        ids, table = (past.token_ids, self.table) if self.host is None else past.rows(self.host)
+        return attend_bank(q_BHTD, k_BKSD, ids, table, mask)
+
+    def vectors_read(self, n_past):
+        return min(n_past, len(self.table))
 
     def initialise(self, values, prefix, embedding, fill):
         bound = (3 / embedding.shape[1]) ** 0.5
@@ -218,6 +234,10 @@ class LayerValues(nn.Module):
         """Whether decoding must keep this layer's own values."""
         return self.add_context or self._source.value_cache
 
+    def vectors_read(self, n_past: int) -> int:
+        """How many value vectors decoding one token after ``n_past`` reads at most."""
+        return n_past if self.value_cache else self._source.vectors_read(n_past)
+
     def reserve(self, past: "LayerCache") -> None:
         """Sets aside what decoding keeps of the values."""
         if self.value_cache:
@@ -235,7 +255,7 @@ class LayerValues(nn.Module):
         if self.value_cache:
             value = self(inputs)
             v_BKSD = past.values.extend(value.unflatten(-1, (k_BKSD.shape[1], -1)))
-            return attend(q_BHTD, k_BKSD, v_BKSD.to(q_BHTD.dtype), mask), value
+            return attend_values(q_BHTD, k_BKSD, v_BKSD, mask), value
         scale = self.constant if self.coefficient is None else self.coefficient
         y_BHTD = self._source.attend_past(inputs, q_BHTD, k_BKSD, mask, past)
         return scale * y_BHTD, None

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from variants import OVERLAYS, make_model, perturb, token_ids
+from parity import NAMES, ParityRow
+from variants import OVERLAYS, make_model, mostly_slow, perturb, token_ids
 
 from bov_lightning.errors import UserError
 
@@ -30,13 +31,22 @@ def decode(model, ids, chunks, **options) -> torch.Tensor:
     return torch.cat(pieces, dim=1)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", mostly_slow(SHAPES, {"windows", "grouped"}))
 @pytest.mark.parametrize("name", OVERLAYS)
 @torch.no_grad()
 def test_pieces_equal_the_whole(name, shape):
     model = model_of(name, **SHAPES[shape])
     ids = token_ids(sum(CHUNKS))
     assert (decode(model, ids, CHUNKS) - model(ids)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_pieces_compute_the_logits_of_the_authors_code(name, shared, tmp_path):
+    row = ParityRow(shared, name)
+    model, (ids, _) = row.imported_model(tmp_path), row.inputs_and_targets(0)
+    chunks = [90, 1, 1, ids.shape[1] - 92]
+    assert (decode(model, ids, chunks) - row.tensors["logits"]).abs().max() < 1e-4
 
 
 @pytest.mark.slow
@@ -89,7 +99,7 @@ def test_masked_documents_stay_masked(name):
     assert (decode(model, ids, CHUNKS) - model(ids)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", ["standard", "bov", "first_layer_every", "bov_add_context"])
 @torch.no_grad()
 def test_a_selected_cache_is_independent(name):
     """One prefix, many continuations."""

@@ -1,0 +1,50 @@
+"""The Triton kernel equals the PyTorch path, in Triton's interpreter where there is no GPU."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'bov-lightning[triton]'")
+
+from bov_lightning.model import kernels
+from bov_lightning.model.decode import attend_gathered
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+@pytest.mark.parametrize(
+    ("n_row", "n_past", "head_dim"), [(1, 1, 16), (2, 63, 16), (1, 700, 24), (3, 129, 32)]
+)
+def test_the_kernel_equals_the_reference(monkeypatch, n_row, n_past, head_dim, heads, masked):
+    """Few programs, so that some read several blocks; the last part is shorter."""
+    monkeypatch.setattr(kernels, "PROGRAMS", 4 * n_row * heads[0])
+    generator = torch.Generator().manual_seed(n_past)
+    q = torch.randn(n_row, heads[0], 1, head_dim, generator=generator)
+    room = torch.randn(n_row, heads[1], n_past + 9, head_dim, generator=generator)
+    ids = torch.randint(0, 40, (n_row, n_past), generator=generator)
+    table = torch.randn(40, heads[1] * head_dim, generator=generator)
+    mask = None
+    if masked:
+        # The first hundred are hidden, so that whole parts see nothing.
+        mask = torch.rand(n_row, 1, 1, n_past, generator=generator) < 0.7
+        mask[..., : min(100, n_past - 1)] = False
+        mask[..., -1] = True
+    arguments = [q, room[:, :, :n_past], ids, table, mask]
+    arguments = [None if x is None else x.to(DEVICE) for x in arguments]
+    found = kernels.attend_fused(*arguments)
+    assert torch.allclose(found, attend_gathered(*arguments), atol=1e-5)
+
+
+def test_the_kernel_takes_half_precision():
+    q, k = torch.randn(1, 2, 1, 16).bfloat16(), torch.randn(1, 2, 200, 16).bfloat16()
+    ids, table = torch.randint(0, 40, (1, 200)), torch.randn(40, 32).bfloat16()
+    arguments = [x.to(DEVICE) for x in (q, k, ids, table)]
+    found = kernels.attend_fused(*arguments, None)
+    exact = attend_gathered(*(x.float() if x.is_floating_point() else x for x in arguments), None)
+    assert found.dtype == torch.bfloat16
+    assert (found - exact).norm() < 6e-3 * exact.norm()
