@@ -187,34 +187,38 @@ def _plan(arguments: list[str]) -> None:
 
 def _submit(arguments: list[str]) -> None:
     parser = _recipe_parser("submit", "Trains a recipe as a SLURM job that requeues itself.")
-    job = parser.add_argument_group("the job")
-    job.add_argument("--nodes", type=int, default=1, help="nodes of the job")
-    job.add_argument("--gpus-per-node", type=int, default=0, help="one process for each")
-    job.add_argument("--tasks-per-node", type=int, help="processes per node; default: its GPUs")
-    job.add_argument("--cpus-per-task", type=int, help="cores of each process")
-    job.add_argument("--time", help="limit of one attempt, such as 12:00:00")
-    job.add_argument(
+    group = parser.add_argument_group("the job")
+    group.add_argument("--nodes", type=int, default=1, help="nodes of the job")
+    group.add_argument("--gpus-per-node", type=int, default=0, help="one process for each")
+    group.add_argument("--tasks-per-node", type=int, help="processes per node; default: its GPUs")
+    group.add_argument("--cpus-per-task", type=int, help="cores of each process")
+    group.add_argument("--time", help="limit of one attempt, such as 12:00:00")
+    group.add_argument(
         "--save-before-s", type=int, default=300,
         help="seconds before the limit at which the job saves and requeues itself",
     )  # fmt: skip
-    job.add_argument("--partition", help="partition to run in")
-    job.add_argument("--account", help="account to charge")
-    job.add_argument(
+    group.add_argument("--partition", help="partition to run in")
+    group.add_argument("--account", help="account to charge")
+    group.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION",
         help="another option of sbatch, such as --sbatch=--constraint=h100",
     )  # fmt: skip
-    job.add_argument(
+    group.add_argument(
         "--setup", action="append", default=[], metavar="LINE",
         help="a shell line to run first, such as 'module load cuda'",
+    )  # fmt: skip
+    parser.add_argument(
+        "--evaluate", action="store_true",
+        help="a job beside the run that evaluates its checkpoints as they appear, instead",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the sbatch file and stop")
     known, options = parser.parse_known_args(arguments)
     recipe, settings, origin = _read_recipe(known.config, options)
     from bov_lightning.submit import JobConfig, submit
 
-    names = vars(known).keys() - {"config", "dry_run"}
-    job_config = JobConfig(**{name: getattr(known, name) for name in names})
-    submit(recipe, settings, origin, job_config, known.dry_run)
+    names = vars(known).keys() - {"config", "evaluate", "dry_run"}
+    job = JobConfig(**{name: getattr(known, name) for name in names})
+    submit(recipe, settings, origin, job, known.evaluate, known.dry_run)
 
 
 def _evaluate(arguments: list[str]) -> None:

@@ -62,7 +62,7 @@ SCRIPT = """\
 run={run}
 export OMP_NUM_THREADS="${{SLURM_CPUS_PER_TASK:-1}}" OMP_WAIT_POLICY=passive
 {setup}
-newest() {{ ls -d "$run"/checkpoints/step-*/checkpoint.json 2>/dev/null | sort | tail -n 1; }}
+newest() {{ ls -d "$run"/{progress} 2>/dev/null | sort | tail -n 1; }}
 requeue() {{ echo "bov: $1: requeueing"; scontrol requeue "$SLURM_JOB_ID" && sleep 300; }}
 
 before=$(newest)
@@ -72,8 +72,9 @@ code=$?
 
 progress=no
 [ "$(newest)" != "$before" ] && progress=yes
-if [ $progress = yes ]; then rm -f "$run/.stalled"; else echo "$code" >> "$run/.stalled"; fi
-stalled=$(cat "$run/.stalled" 2>/dev/null | wc -l)
+stalls="$run/.stalled-$SLURM_JOB_ID"
+if [ $progress = yes ]; then rm -f "$stalls"; else echo "$code" >> "$stalls"; fi
+stalled=$(cat "$stalls" 2>/dev/null | wc -l)
 
 case $code in
     0) ;;  # done
@@ -93,16 +94,22 @@ exit $code
 """
 
 
-def render(recipe: Recipe, job: JobConfig, run: Path) -> str:
+def render(recipe: Recipe, job: JobConfig, run: Path, evaluate: bool = False) -> str:
     """The sbatch file.
 
     Args:
         recipe: the recipe.
         job: what SLURM is asked for.
         run: the run directory, absolute.
+        evaluate: watch the run and evaluate its checkpoints, instead of training it.
     """
+    if evaluate:
+        command, progress = watch_command(recipe, job, run), "eval/step-*/results*.json"
+    else:
+        command = ["fit", "--config", str(run / RECIPE)]
+        progress = "checkpoints/step-*/checkpoint.json"
     options = {
-        "job-name": recipe.run.name,
+        "job-name": f"{recipe.run.name}-evaluation" if evaluate else recipe.run.name,
         "chdir": str(Path.cwd()),
         "output": str(run / "slurm-%j.out"),
         "open-mode": "append",
@@ -122,20 +129,36 @@ def render(recipe: Recipe, job: JobConfig, run: Path) -> str:
         if value is not False
     ]
     directives += [f"#SBATCH {option}" for option in job.sbatch]
-    command = [sys.executable, "-m", "bov_lightning.cli", "fit", "--config", str(run / RECIPE)]
     return SCRIPT.format(
         directives="\n".join(directives),
         run=shlex.quote(str(run)),
+        progress=progress,
         setup="".join(f"{line}\n" for line in job.setup),
-        command=shlex.join(command),
+        command=shlex.join([sys.executable, "-m", "bov_lightning.cli", *command]),
     )
+
+
+def watch_command(recipe: Recipe, job: JobConfig, run: Path) -> list[str]:
+    """`bov evaluate RUN --watch` with what the recipe's evaluation section asks for."""
+    evaluation = recipe.evaluation
+    options = {
+        "--max-per-task": evaluation.max_per_task,
+        "--data-dir": evaluation.data_dir,
+        "--include-path": evaluation.include_path,
+        "--time-limit": evaluation.time_limit,
+        "--device": "cuda" if job.gpus_per_node else None,
+    }
+    given = [f"{name}={value}" for name, value in options.items() if value is not None]
+    return ["evaluate", str(run), "--watch", *given, "--tasks", *evaluation.tasks]
 
 
 RECIPE = "recipe.yaml"
 """In the run directory: what the job trains, whatever becomes of the files it was made from."""
 
 
-def submit(recipe: Recipe, settings: dict, origin: str, job: JobConfig, dry_run: bool) -> None:
+def submit(
+    recipe: Recipe, settings: dict, origin: str, job: JobConfig, evaluate: bool, dry_run: bool
+) -> None:
     """Writes recipe and sbatch file into the run directory and submits them; or prints the latter.
 
     Args:
@@ -143,6 +166,7 @@ def submit(recipe: Recipe, settings: dict, origin: str, job: JobConfig, dry_run:
         settings: the same as plain data.
         origin: what to call it in error messages.
         job: what SLURM is asked for.
+        evaluate: watch the run and evaluate its checkpoints, instead of training it.
         dry_run: only print the sbatch file.
 
     Raises:
@@ -151,32 +175,43 @@ def submit(recipe: Recipe, settings: dict, origin: str, job: JobConfig, dry_run:
     """
     if recipe.model.budget is None:
         raise UserError(f"{origin}: model.budget is not set: give flops, tokens or steps")
-    for key, asked in (("devices", job.n_task), ("num_nodes", job.nodes)):
+    if evaluate:
+        _check_watcher(recipe, origin, job)
+    for key, asked in () if evaluate else (("devices", job.n_task), ("num_nodes", job.nodes)):
         configured = recipe.trainer.get(key, 1)
         if isinstance(configured, int) and configured not in (1, asked):
             raise UserError(
                 f"{origin}: trainer.{key} is {configured}, but the job has {asked}: leave it at 1, "
                 "which a SLURM job fills in"
             )
-    world = job.nodes * job.n_task
+    world = 1 if evaluate else job.nodes * job.n_task
     accumulation(recipe.batch.tokens, recipe.batch.micro, recipe.model.config.sequence_len, world)
     run = (Path(recipe.run.root) / recipe.run.name).resolve()
-    script = render(recipe, job, run)
+    script = render(recipe, job, run, evaluate)
     if dry_run:
         print(script, end="")
         return
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not on this machine: submit from a login node, or use --dry-run")
-    if recipe.resume == "never" and run.exists():
+    if recipe.resume == "never" and run.exists() and not evaluate:
         from bov_lightning.run import move_aside
 
         print(f"moved the old run to {move_aside(run)}")
     run.mkdir(parents=True, exist_ok=True)
-    settings = merge(settings, {"resume": "auto", "run": {"root": str(run.parent)}})
-    write_file(run / RECIPE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-    write_file(run / "submit.sbatch", script)
-    result = subprocess.run(["sbatch", str(run / "submit.sbatch")], capture_output=True, text=True)
+    file = run / ("evaluate.sbatch" if evaluate else "submit.sbatch")
+    if not evaluate:
+        settings = merge(settings, {"resume": "auto", "run": {"root": str(run.parent)}})
+        write_file(run / RECIPE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    write_file(file, script)
+    result = subprocess.run(["sbatch", str(file)], capture_output=True, text=True)
     if result.returncode:
         raise UserError(f"sbatch refused the job: {result.stderr.strip()}")
     print(result.stdout.strip())
     print(f"run {run}")
+
+
+def _check_watcher(recipe: Recipe, origin: str, job: JobConfig) -> None:
+    if not recipe.evaluation.tasks:
+        raise UserError(f"{origin}: evaluation.tasks is empty: name what to evaluate")
+    if job.nodes * job.n_task > 1:
+        raise UserError("--evaluate needs one process: leave --nodes and --gpus-per-node at 1")

@@ -109,6 +109,17 @@ def test_jobs_that_would_fail_are_not_submitted(tiny_recipe, capsys, options, wo
         assert word in error
 
 
+def test_a_watcher_is_a_job_of_its_own(tiny_recipe, workplace, capsys):
+    tasks = ("--evaluation.tasks", "[core_copa, heldout]", "--evaluation.max_per_task", "7")
+    assert submit(tiny_recipe, "--evaluate", *tasks, "--dry-run") == 0
+    script = capsys.readouterr().out
+    watch = f"evaluate {workplace}/runs/tiny --watch --max-per-task=7 --tasks core_copa heldout"
+    assert watch in script
+    assert "eval/step-*/results*.json" in script
+    assert submit(tiny_recipe, "--evaluate", "--dry-run") == 2
+    assert "evaluation.tasks is empty" in capsys.readouterr().err
+
+
 def test_without_sbatch_nothing_is_written(tiny_recipe, workplace, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(workplace))
     assert submit(tiny_recipe) == 2

@@ -124,7 +124,7 @@ def test_logits_of_chosen_positions():
     model, ids = model_of("bov"), token_ids(50)
     positions = torch.tensor([[0, 49, 7], [3, 3, 48]])
     expected = model(ids).gather(1, positions[:, :, None].expand(-1, -1, 70))
-    assert torch.equal(model(ids, positions_BP=positions), expected)
+    torch.testing.assert_close(model(ids, positions_BP=positions), expected, atol=1e-5, rtol=0)
     cached = model(ids, cache=model.new_cache(2, 50), positions_BP=positions)
     assert torch.allclose(cached, expected, atol=1e-5)
 

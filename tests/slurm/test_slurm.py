@@ -1,5 +1,6 @@
 """A run on a real SLURM of two nodes, stopped in every way that clusters know."""
 
+import json
 import os
 import re
 import shutil
@@ -46,7 +47,9 @@ class Job:
         for name in ("SLURM_CONF",):
             monkeypatch.setenv(name, cluster.environment[name])
         self.cluster = cluster
-        command = ["submit", "--config", str(recipe), "--nodes", "2", "--tasks-per-node", "1"]
+        command = ["submit", "--config", str(recipe)]
+        if "--evaluate" not in options:
+            command += ["--nodes", "2", "--tasks-per-node", "1"]
         # All nodes of this cluster are this machine, whose host name may mean nothing.
         command += ["--setup", "export MASTER_ADDR=127.0.0.1", *options]
         assert main(command) == 0
@@ -226,6 +229,66 @@ def test_a_time_limit_stops_and_requeues(cluster, long_recipe, monkeypatch, caps
     assert job.resumed()[0] == job.stopped()[0]
     cluster.run("scancel", job.id)
     wait_until(lambda: not job.tasks(), "the end")
+
+
+def test_all_at_once(cluster, tiny_settings, workplace, shared, monkeypatch, capsys):
+    """FSDP2 ranks on two nodes, a stream, benchmarks at checkpoints, a watcher in a job of its own.
+
+    Told to stop once and killed hard once, it ends with the weights of a run that nobody disturbed
+    or evaluated, and every evaluation is there once.
+    """
+    source = tiny_settings["data"]["init_args"]["source"]
+    settings = {
+        **tiny_settings,
+        "run": {"name": "all"},
+        "model": {**tiny_settings["model"], "budget": {"steps": 80}},
+        "checkpoint": {"every_steps": EVERY, "keep_last": 1, "keep_every": EVERY},
+        "validation": {"every_steps": 30, "tokens": 640},
+        "evaluation": {
+            "tasks": ["core_copa"], "max_per_task": 5, "at_checkpoints": True,
+            "data_dir": str(shared / "eval_bundle"),
+        },
+        "data": {
+            "class_path": "data_modules.StreamingDataModule",
+            "init_args": {
+                "directory": "stream", "source": source, "tokenizer": {"vocab_size": 300},
+                "packing": {"buffer": 16}, "n_lane": 4, "n_worker": 1,
+            },
+        },
+    }  # fmt: skip
+    recipe = workplace / "all.yaml"
+    recipe.write_text(yaml.safe_dump(settings, sort_keys=False))
+    job = Job(cluster, recipe, monkeypatch, capsys)
+    beside = ("--evaluate", "--evaluation.tasks", "[core_winograd]")
+    watcher = Job(cluster, recipe, monkeypatch, capsys, *beside)
+    job.wait_for_progress()
+    job.tell_and_wait()
+    job.wait_for_progress()
+    os.kill(job.tasks()[0], signal.SIGKILL)
+    for each in (job, watcher):
+        done = lambda each=each: cluster.state(each.id) == "COMPLETED"  # noqa: E731
+        wait_until(done, f"the end: {each.log[-3000:]}", 400)
+
+    command = [sys.executable, "-m", "bov_lightning.cli", "fit", "--config", str(recipe)]
+    command += ["--trainer.devices", "2", "--run.name", "undisturbed", "--evaluation.tasks", "[]"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for part in ("weights", OPTIMIZER):
+        whole, found = (
+            read_whole(complete_checkpoints(run)[-1] / part)
+            for run in (Path("runs/undisturbed"), job.run)
+        )
+        assert whole.keys() == found.keys()
+        for key, tensor in whole.items():
+            # Random states count what evaluations drew, and put back; they are equal too.
+            assert torch.equal(tensor, found[key]), key
+    for task in ("core_copa", "core_winograd"):
+        for step in range(EVERY, 81, EVERY):
+            results = [
+                path
+                for path in (job.run / "eval" / f"step-{step:08d}").glob("results*.json")
+                if task in json.loads(path.read_text())["results"]
+            ]
+            assert len(results) == 1, (task, step, results)
 
 
 def test_python_without_srun_is_refused_at_once(cluster, long_recipe, workplace, monkeypatch):
