@@ -55,6 +55,7 @@ def decode(model, prompts, sampling, **options) -> list[list[int]]:
     return decoding.new
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["standard", "bov", "first_layer_every"])
 @torch.no_grad()
 def test_a_batch_gives_every_prompt_what_it_gets_alone(name):

@@ -152,6 +152,7 @@ def test_the_modelling_file_imports_only_torch_and_transformers():
     assert source.count("class Transformer(") == source.count("class BankOfValues(") == 1
 
 
+@pytest.mark.slow
 def test_generate_gives_the_tokens_of_bov_generate(model):
     """Alone and padded on the left, greedily and by beams that reorder the cache."""
     prompts = [token_ids(n, 1).tolist()[0] for n in (140, 3, 600)]

@@ -31,6 +31,7 @@ def tokens_of(model) -> list[list[int]]:
     return decoding.new
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", mostly_slow(BANKS, {"bov", "bov_shared_table"}))
 @torch.no_grad()
 def test_offloaded_banks_compute_the_same(name, tmp_path):
@@ -71,6 +72,7 @@ def test_a_selected_cache_fetches_rows_of_its_own(tmp_path):
     assert cache.slots.n_used == 3
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_exports_and_half_precision(tmp_path):
     checkpoint = write(tmp_path, "bov")

@@ -118,6 +118,7 @@ def test_links_to_files_exist():
             assert (REPOSITORY / folder / target).exists(), target
 
 
+@pytest.mark.slow
 def test_worked_example_of_a_value_source(tmp_path):
     """CONTRIBUTING's class and YAML, in a process of their own, train and stay causal."""
     (source,) = blocks(CONTRIBUTING, "python")

@@ -130,6 +130,7 @@ def test_two_resumes_of_a_stream_equal_none(tiny_recipe, tiny_settings):
     assert_same_end(whole, parts)
 
 
+@pytest.mark.slow
 def test_prepare_makes_what_fit_would_make(tiny_settings, workplace, capsys):
     settings = json.loads(json.dumps(tiny_settings))
     made = {}
@@ -190,6 +191,7 @@ def test_two_processes_equal_one_and_continue_as_one(tiny_recipe, tiny_settings,
     assert found == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_further(tiny_recipe, capsys):
     run = fit(tiny_recipe)
     before = final_state(run)[0]
@@ -203,6 +205,7 @@ def test_a_finished_run_is_not_trained_further(tiny_recipe, capsys):
         assert torch.equal(tensor, before[name])
 
 
+@pytest.mark.slow
 def test_resume_never_moves_the_old_run_aside(tiny_recipe, capsys):
     run = fit(tiny_recipe)
     fit(tiny_recipe, "--resume", "never", "--seed", "1")
@@ -211,6 +214,7 @@ def test_resume_never_moves_the_old_run_aside(tiny_recipe, capsys):
     assert "tiny.old-1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "value"),
     [("--model.config.d_model", "64"), ("--seed", "3"), ("--batch.tokens", "512")],
@@ -232,6 +236,7 @@ def test_keep_last_and_keep_every_prune_the_rest(tiny_recipe):
     ]
 
 
+@pytest.mark.slow
 def test_validate_repeats_the_run_and_every_path_means_the_newest_checkpoint(tiny_recipe, capsys):
     run = fit(tiny_recipe)
     expected = capsys.readouterr().out.split("\n")[0]
@@ -254,6 +259,7 @@ def test_a_checkpoint_can_be_copied_away(tiny_recipe, tmp_path):
     assert tokenizer.decode(ids[0]) == "import json"
 
 
+@pytest.mark.slow
 def test_generate_repeats_itself_and_greedy_follows_the_likeliest(tiny_recipe, capsys):
     run = fit(tiny_recipe)
     capsys.readouterr()

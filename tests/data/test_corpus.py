@@ -49,6 +49,7 @@ def corpus(synthetic, tmp_path):
     return corpus
 
 
+@pytest.mark.slow
 def test_processes_and_machines_write_the_same_files(corpus, synthetic, tmp_path):
     expected = contents(corpus)
     assert sum(name.endswith(".bin") for name in expected) == 5
@@ -247,6 +248,7 @@ def test_unreadable_rows_are_an_error_or_counted_in_the_manifest(tmp_path):
     assert sum(shard["documents"] for shard in shards) == 99
 
 
+@pytest.mark.slow
 def test_errors_in_worker_processes_arrive(tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps({"text": "a b c"}) + "\n" + "no json\n" * 3)
     val = write_parquet(tmp_path / "v.parquet", numbered(0, 9))

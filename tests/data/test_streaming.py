@@ -85,6 +85,7 @@ def check_interruptions(corpus, expected: list) -> None:
         assert global_batches(corpus, parts) == expected
 
 
+@pytest.mark.slow
 def test_interrupted_twice_on_other_world_sizes_the_stream_goes_on(corpus, expected):
     check_interruptions(corpus, expected)
 

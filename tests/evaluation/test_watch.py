@@ -58,6 +58,7 @@ def logged_steps(run: Path) -> list[int]:
     return [event.step for event in events.Scalars("eval/tiny_choice")]
 
 
+@pytest.mark.slow
 def test_watcher_evaluates_every_checkpoint_and_ends_with_the_run(
     finished_run, tasks_folder, capsys
 ):

@@ -43,6 +43,7 @@ def test_attend_equals_its_definition(n_token, window, n_kv_head):
     assert torch.allclose(found, naive(q, k, v, window), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize(("n_token", "window"), [(64, 10), (300, 128), (256, 255)])
 def test_flex_attention_hides_what_the_mask_hides(n_token, window):
