@@ -5,7 +5,11 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -51,6 +55,8 @@ def shard(model: Transformer, mesh: DeviceMesh, param_dtype: torch.dtype | None)
         source = block.attention.value.source
         if source is not None and any(True for _ in source.parameters()):
             fully_shard(source, mesh=mesh, mp_policy=policy)
+            # Decoding reads the table by this method, which must gather it as forward does.
+            register_fsdp_forward_method(source, "attend_past")
         fully_shard(block, mesh=mesh, mp_policy=policy)
     for part in (model.embedding, model.head, model):
         fully_shard(part, mesh=mesh, mp_policy=policy)

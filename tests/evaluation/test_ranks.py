@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from evaluation_material import VOCAB_SIZE, make_llama, on_ranks
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedTokenizerFast
@@ -11,6 +12,7 @@ from variants import make_model, perturb
 
 from bov_lightning.errors import UserError
 from bov_lightning.model.config import ValueConfig
+from bov_lightning.sharding import make_mesh, shard
 from evaluation.backends import HuggingFaceBackend, TransformerBackend
 from evaluation.ranks import EvaluationFailedError, EvaluationInterruptedError, Ranks
 from evaluation.runner import Benchmarks, Runtime, run
@@ -26,7 +28,9 @@ def build(kind: str, sharded: bool):
         value = ValueConfig("bank", "last_third", "learned")
         model = perturb(make_model(value, vocab_size=VOCAB_SIZE), smear=0.9)
         layers, backend = model.blocks, TransformerBackend
-    if sharded:
+    if sharded and backend is TransformerBackend:
+        shard(model, make_mesh("cpu", dist.get_world_size(), 1), None)
+    elif sharded:
         for layer in layers:
             fully_shard(layer)
         fully_shard(model)
