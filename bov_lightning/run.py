@@ -9,6 +9,7 @@ runs/NAME/
     events.out.*    TensorBoard
 """
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -49,6 +50,12 @@ def move_aside(run: Path) -> Path:
     while (aside := run.with_name(f"{run.name}.old-{n}")).exists():
         n += 1
     return run.rename(aside)
+
+
+def logger_run_id(run: Path, afresh: bool) -> str:
+    """A name that a run keeps through all requeues; another one after ``--resume never``."""
+    n_before = len(list(run.parent.glob(f"{run.name}.old-*"))) + (afresh and run.exists())
+    return hashlib.sha256(f"{run.resolve()} {n_before}".encode()).hexdigest()[:12]
 
 
 class RunFiles(Callback):

@@ -37,7 +37,7 @@ from bov_lightning.recipe import (
     read_yaml,
     unknown_key,
 )
-from bov_lightning.run import Checkpointer, RunFiles, move_aside
+from bov_lightning.run import Checkpointer, RunFiles, logger_run_id, move_aside
 from bov_lightning.strategy import choose_strategy
 from bov_lightning.watchdog import Watchdog
 
@@ -318,6 +318,11 @@ def _evaluator(
     return [Evaluator(run, recipe.evaluation, every, should_stop, stop)]
 
 
+LEFT_BEHIND = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE",
+               "WANDB_RUN_ID", "WANDB_RESUME")  # fmt: skip
+"""Variables that a run sets for itself."""
+
+
 @contextmanager
 def _own_process_group() -> Iterator[None]:
     """Leaves neither a process group nor its address behind for what this process does next."""
@@ -327,7 +332,7 @@ def _own_process_group() -> Iterator[None]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        for name in LEFT_BEHIND:
             if name not in before:
                 os.environ.pop(name, None)
 
@@ -356,6 +361,9 @@ def fit(recipe: Recipe, settings: dict, origin: str) -> None:
     run_files = RunFiles(run, "", {})
     # A requeued job continues whatever its command line says: it would never end otherwise.
     resume = recipe.resume == "auto" or restarted()
+    # Weights & Biases, where a recipe asks for it, would begin a new run at every requeue.
+    os.environ.setdefault("WANDB_RUN_ID", logger_run_id(run, not resume))
+    os.environ.setdefault("WANDB_RESUME", "allow")
     checkpointer = Checkpointer(run, recipe.checkpoint, recipe.validation, resume)
     watchdog = Watchdog(recipe.guard.late_after_s)
     callbacks = [watchdog, run_files, Control(recipe.guard), reporter, checkpointer]

@@ -22,6 +22,7 @@ from bov_lightning.checkpoint import (
     read_whole,
 )
 from bov_lightning.cli import main
+from bov_lightning.run import logger_run_id, move_aside
 
 
 def fit(recipe: Path, *options: str) -> Path:
@@ -212,6 +213,19 @@ def test_resume_never_moves_the_old_run_aside(tiny_recipe, capsys):
     assert (Path("runs") / "tiny.old-1" / "config.yaml").is_file()
     assert yaml.safe_load((run / "config.yaml").read_text())["seed"] == 1
     assert "tiny.old-1" in capsys.readouterr().err
+
+
+def test_loggers_keep_their_run_through_requeues(tmp_path):
+    run = tmp_path / "tiny"
+    first = logger_run_id(run, afresh=False)
+    run.mkdir()
+    assert logger_run_id(run, afresh=False) == first
+    afresh = logger_run_id(run, afresh=True)
+    assert afresh != first
+    move_aside(run)
+    run.mkdir()
+    assert logger_run_id(run, afresh=False) == afresh
+    assert logger_run_id(tmp_path / "other", afresh=False) not in (first, afresh)
 
 
 @pytest.mark.slow
