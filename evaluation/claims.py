@@ -107,11 +107,15 @@ def take(directory: Path, name: str, stale_after_s: float = STALE_AFTER_S) -> Cl
     if existing and _is_alive(_path(directory, name, existing[-1]), stale_after_s):
         return None
     generation = existing[-1] + 1 if existing else 0
+    # Linked rather than created: a claim must never be seen without its owner's name in it.
+    written = directory / f".{name}-{socket.gethostname()}-{os.getpid()}-{time.monotonic_ns()}"
+    written.write_text(json.dumps(_identity()), encoding="utf-8")
     try:
-        with open(_path(directory, name, generation), "x", encoding="utf-8") as file:
-            json.dump(_identity(), file)
+        os.link(written, _path(directory, name, generation))
     except FileExistsError:
         return None
+    finally:
+        written.unlink()
     return Claim(directory, name, generation, stale_after_s)
 
 
