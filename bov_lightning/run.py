@@ -28,6 +28,7 @@ from bov_lightning.errors import UserError
 from bov_lightning.files import remove
 from bov_lightning.progress import RunLogger
 from bov_lightning.recipe import CheckpointConfig, ValidationConfig
+from bov_lightning.sharding import reshard
 
 PACKAGES = ("torch", "lightning", "tokenizers", "numpy")
 
@@ -178,6 +179,8 @@ class Checkpointer(Callback):
     def _save(self, trainer: Trainer, module: LightningModule) -> None:
         step, rest, random = self._kept or self._state(trainer, module)
         self._finish(False)
+        # After a validation batch some parameters are still whole.
+        reshard(module.model)
         optimizer = saving.optimizer_state_of(module.model, trainer.optimizers[0])
         weights = saving.weights_of(module.model)
         self.writer.start(step, weights, optimizer | random, rest, self._prune)

@@ -3,9 +3,10 @@
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
+    FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
@@ -60,6 +61,16 @@ def shard(model: Transformer, mesh: DeviceMesh, param_dtype: torch.dtype | None)
         fully_shard(block, mesh=mesh, mp_policy=policy)
     for part in (model.embedding, model.head, model):
         fully_shard(part, mesh=mesh, mp_policy=policy)
+
+
+def reshard(model: nn.Module) -> None:
+    """Lets go of gathered parameters.
+
+    FSDP2's root keeps its own after a forward pass, for a backward pass that need not follow.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def recompute_activations(model: Transformer) -> None:

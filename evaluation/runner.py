@@ -20,6 +20,7 @@ from lm_eval.tasks import TaskManager
 from torch import nn
 
 from bov_lightning.errors import UserError
+from bov_lightning.sharding import reshard
 from evaluation.backends import Backend
 from evaluation.data import download
 from evaluation.lm import BatchedLM
@@ -161,9 +162,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
-        for module in model.modules():
-            if hasattr(module, "reshard") and hasattr(module, "unshard"):
-                module.reshard()  # FSDP2's root keeps whole parameters after a forward
+        reshard(model)
 
 
 def run(

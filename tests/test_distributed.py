@@ -140,6 +140,26 @@ def test_two_ranks_continue_bit_for_bit(tiny_recipe):
 
 
 @pytest.mark.distributed
+def test_two_ranks_stop_in_the_middle_of_a_validation(tiny_recipe):
+    """Nearly all of the time goes into validations, so that is where the signal comes."""
+    options = ("--trainer.devices", "2", "--trainer.log_every_n_steps", "1", "--batch.micro", "1")
+    options += ("--validation.every_steps", "1", "--validation.tokens", "12000")
+    options += ("--checkpoint.every_steps", "3")
+    whole = fit_with(tiny_recipe, "whole", *options)
+    command = [sys.executable, "-m", "bov_lightning.cli", "fit", "--config", str(tiny_recipe)]
+    command += [*options, "--run.name", "stopped"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: Path("runs/stopped/metrics.csv").exists(), process)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate()
+    assert process.returncode == 143, error
+    stopped = fit_with(tiny_recipe, "stopped", *options)
+    assert_same_end(whole, stopped)
+    for step, row in metrics(whole).items():
+        assert row["val_bpb"] == metrics(stopped)[step]["val_bpb"]
+
+
+@pytest.mark.distributed
 def test_a_rank_that_hangs_is_named(tiny_recipe):
     """The second process is stopped as a hanging file system would stop it."""
     command = [sys.executable, "-m", "bov_lightning.cli", "fit", "--config", str(tiny_recipe)]
