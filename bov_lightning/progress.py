@@ -54,6 +54,11 @@ class MetricsCSV(RunLogger):
                     if row["step"].isdigit() and int(row["step"]) <= step:
                         self.rows[int(row["step"])] = {k: v for k, v in row.items() if v}
 
+    @property
+    def train_seconds(self) -> float:
+        """How long an earlier part of the run had trained when it wrote its last row."""
+        return max((float(row.get("train_seconds", 0)) for row in self.rows.values()), default=0.0)
+
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Adds columns to the row of ``step`` and writes the file."""
         step = step or 0
@@ -126,6 +131,10 @@ class Reporter(Callback):
         self.measured_step = self.first_step = trainer.global_step
         self.every_steps = trainer.log_every_n_steps
         self.measured_at = self.started_at = self.line_at = time.monotonic()
+        self.counted_at = self.measured_at
+        self.train_seconds = sum(
+            x.train_seconds for x in trainer.loggers if isinstance(x, MetricsCSV)
+        )
         self.flops_per_token = flops_per_token(module.config)
         self.peak_flops = peak_flops(module.device) * trainer.world_size
         if trainer.is_global_zero and self.console.is_terminal:
@@ -153,6 +162,7 @@ class Reporter(Callback):
         seconds, n_step = now - self.measured_at, step - self.measured_step
         tokens_per_s = n_step * module.batch_tokens / seconds
         self.measured_step, self.measured_at = step, now
+        self._count_time()
         self.latest |= {
             "train_loss": control.loss,
             "grad_norm": optimizer.gradient_norm,
@@ -164,21 +174,38 @@ class Reporter(Callback):
             "mfu": tokens_per_s * self.flops_per_token / self.peak_flops,
         }
         shown = {k: v for k, v in self.latest.items() if k != "val_bpb" and not math.isnan(v)}
-        self._log(trainer, {**shown, "tokens": step * module.batch_tokens}, step)
+        self._log(trainer, {**shown, **self._position(step, module)}, step)
         self._show(trainer, step, now)
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Counts the training up to here."""
+        if trainer.state.fn == "fit":
+            self._count_time()
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Logs val_bpb, at the step that it belongs to, and leaves validation out of tokens/s."""
         self.validated_step = trainer.global_step
         self.latest["val_bpb"] = float(trainer.callback_metrics["val_bpb"])
         if trainer.state.fn == "fit":
-            self._log(trainer, {"val_bpb": self.latest["val_bpb"]}, trainer.global_step)
+            measured = {"val_bpb": self.latest["val_bpb"]}
+            step = trainer.global_step
+            self._log(trainer, measured | self._position(step, module), step)
             self._show(trainer, trainer.global_step, time.monotonic(), always=True)
             self.leave_out(trainer)
 
     def leave_out(self, trainer: Trainer) -> None:
         """Leaves the time since the last step, spent on something else, out of tokens/s."""
-        self.measured_step, self.measured_at = trainer.global_step, time.monotonic()
+        self.measured_step = trainer.global_step
+        self.measured_at = self.counted_at = time.monotonic()
+
+    def _count_time(self) -> None:
+        now = time.monotonic()
+        self.train_seconds += now - self.counted_at
+        self.counted_at = now
+
+    def _position(self, step: int, module: LightningModule) -> dict[str, float]:
+        """Where a row stands: tokens seen, and seconds of training without what interrupted it."""
+        return {"tokens": step * module.batch_tokens, "train_seconds": self.train_seconds}
 
     def _log(self, trainer: Trainer, metrics: dict[str, float], step: int) -> None:
         if trainer.is_global_zero:

@@ -107,6 +107,10 @@ def test_two_resumes_equal_none(tiny_recipe):
     for step, row in metrics(whole).items():
         for name in ("train_loss", "val_bpb"):
             assert row[name] == metrics(parts)[step][name], (step, name)
+    # Time goes on where an earlier part stopped, so it never falls.
+    seconds = [float(row["train_seconds"]) for _, row in sorted(metrics(parts).items())]
+    assert seconds == sorted(seconds)
+    assert seconds[0] > 0
 
 
 STREAMING = (
