@@ -46,19 +46,28 @@ def _recipe_parser(command: str, description: str) -> _Parser:
         "--config", action="append", default=[], metavar="R.yaml",
         help="a recipe, or an overlay on the ones before it",
     )  # fmt: skip
+    for name, purpose in (("--data", "train"), ("--val-data", "validate")):
+        parser.add_argument(
+            name, action="append", default=[], metavar="FILES",
+            help=f"text files to {purpose} on, instead of the recipe's: a path or a pattern",
+        )  # fmt: skip
     return parser
 
 
-def _read_recipe(paths: list[str], options: list[str], base: dict | None = None):
+def _read_recipe(known: argparse.Namespace, options: list[str], base: dict | None = None):
     """(typed recipe, the same as plain data, its name for messages)."""
     from bov_lightning import recipe
     from bov_lightning.errors import UserError
 
+    paths = known.config
     if not paths and base is None:
         raise UserError("give a recipe: --config recipes/quickstart.yaml")
     overlays = [(path := recipe.find_recipe(name), recipe.read_yaml(path)) for name in paths]
     settings = dict(base or {})
-    for origin, overlay in (*overlays, ("command line", recipe.parse_options(options))):
+    text = recipe.text_overlay(known.data, known.val_data)
+    for origin, overlay in (
+        *overlays, ("--data", text), ("command line", recipe.parse_options(options)),
+    ):  # fmt: skip
         recipe.check_keys(overlay, str(origin))
         settings = recipe.merge(settings, overlay)
     origin = paths[-1] if paths else "recipe"
@@ -76,7 +85,7 @@ def _fit(arguments: list[str]) -> None:
     if known.keys:
         _print_keys()
         return
-    recipe, settings, origin = _read_recipe(known.config, options)
+    recipe, settings, origin = _read_recipe(known, options)
     from bov_lightning.training import fit
 
     fit(recipe, settings, origin)
@@ -106,7 +115,7 @@ def _validate(arguments: list[str]) -> None:
     stored = read_yaml(checkpoint / CONFIG)
     check_keys(stored, str(checkpoint / CONFIG))
     _check_stored_classes(stored, checkpoint / CONFIG)
-    recipe, settings, origin = _read_recipe(known.config, options, base=stored)
+    recipe, settings, origin = _read_recipe(known, options, base=stored)
     from bov_lightning.training import validate
 
     validate(checkpoint, recipe, settings, origin if known.config else str(checkpoint / CONFIG))
@@ -149,7 +158,7 @@ def _prepare(arguments: list[str]) -> None:
         raise UserError(f"--shard {known.shard}: give I/N with I from 0 to N-1, such as 0/4")
     if known.processes is not None and known.processes < 1:
         raise UserError(f"--processes is {known.processes}: at least 1")
-    recipe, _, origin = _read_recipe(known.config, options)
+    recipe, _, origin = _read_recipe(known, options)
     from bov_lightning.training import prepare
 
     prepare(recipe, origin, known.processes, (int(index), int(total)))
@@ -173,7 +182,7 @@ def _plan(arguments: list[str]) -> None:
     )
     parser.add_argument("--plot", type=Path, help="also draw caches against context, to a file")
     known, options = parser.parse_known_args(arguments)
-    recipe, _, origin = _read_recipe(known.config, options)
+    recipe, _, origin = _read_recipe(known, options)
     if known.inference:
         from bov_lightning.inference_plan import print_inference_plan
 
@@ -213,7 +222,7 @@ def _submit(arguments: list[str]) -> None:
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the sbatch file and stop")
     known, options = parser.parse_known_args(arguments)
-    recipe, settings, origin = _read_recipe(known.config, options)
+    recipe, settings, origin = _read_recipe(known, options)
     from bov_lightning.submit import JobConfig, submit
 
     names = vars(known).keys() - {"config", "evaluate", "dry_run"}

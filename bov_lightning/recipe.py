@@ -10,6 +10,7 @@ Dotted command-line options (``--model.config.n_layer 6``) are one more overlay.
 
 import dataclasses
 import difflib
+import hashlib
 import re
 import types
 import typing
@@ -245,6 +246,17 @@ def merge(base: dict, overlay: dict, path: str = "") -> dict:
         else:
             merged[key] = value
     return merged
+
+
+def text_overlay(train: list[str], val: list[str]) -> dict:
+    """An overlay that trains on text files instead; its directory is named after the patterns."""
+    if not train and not val:
+        return {}
+    if not train or not val:
+        raise UserError("--data and --val-data go together: files to train on, files to validate on")
+    digest = hashlib.sha256(repr((train, val)).encode()).hexdigest()[:8]
+    source = {"class_path": "data_modules.TextFiles", "init_args": {"train": train, "val": val}}
+    return {"data": {"init_args": {"directory": f"data/text-{digest}", "source": source}}}
 
 
 def parse_options(options: list[str]) -> dict:
