@@ -253,7 +253,7 @@ def text_overlay(train: list[str], val: list[str]) -> dict:
     if not train and not val:
         return {}
     if not train or not val:
-        raise UserError("--data and --val-data go together: files to train on, files to validate on")
+        raise UserError("--data and --val-data go together: text to train on, text to validate on")
     digest = hashlib.sha256(repr((train, val)).encode()).hexdigest()[:8]
     source = {"class_path": "data_modules.TextFiles", "init_args": {"train": train, "val": val}}
     return {"data": {"init_args": {"directory": f"data/text-{digest}", "source": source}}}
