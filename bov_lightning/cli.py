@@ -14,6 +14,7 @@ usage: bov COMMAND ...
   validate   measure bits per byte                     bov validate RUN-or-CHECKPOINT
   plan       parameters, FLOPs, memory, before paying  bov plan --config R.yaml [--inference]
   submit     train on a SLURM cluster                  bov submit --config R.yaml --nodes N ...
+  sweep      compare value sources at equal FLOPs      bov sweep --config R.yaml --values ...
   evaluate   benchmarks: CORE, or any of lm-eval's    bov evaluate RUN-or-CHECKPOINT --data-dir D
   generate   sample text                               bov generate RUN-or-CHECKPOINT --prompt P
   export     write a Hugging Face directory            bov export RUN-or-CHECKPOINT --output D
@@ -194,8 +195,8 @@ def _plan(arguments: list[str]) -> None:
     print_plan(recipe, origin, known.devices, known.memory, as_json=known.json)
 
 
-def _submit(arguments: list[str]) -> None:
-    parser = _recipe_parser("submit", "Trains a recipe as a SLURM job that requeues itself.")
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    """What SLURM is asked for, as options; see `submit.JobConfig`."""
     group = parser.add_argument_group("the job")
     group.add_argument("--nodes", type=int, default=1, help="nodes of the job")
     group.add_argument("--gpus-per-node", type=int, default=0, help="one process for each")
@@ -216,6 +217,19 @@ def _submit(arguments: list[str]) -> None:
         "--setup", action="append", default=[], metavar="LINE",
         help="a shell line to run first, such as 'module load cuda'",
     )  # fmt: skip
+
+
+def _job(known: argparse.Namespace):
+    from dataclasses import fields
+
+    from bov_lightning.submit import JobConfig
+
+    return JobConfig(**{f.name: getattr(known, f.name) for f in fields(JobConfig)})
+
+
+def _submit(arguments: list[str]) -> None:
+    parser = _recipe_parser("submit", "Trains a recipe as a SLURM job that requeues itself.")
+    _add_job(parser)
     parser.add_argument(
         "--evaluate", action="store_true",
         help="a job beside the run that evaluates its checkpoints as they appear, instead",
@@ -223,11 +237,76 @@ def _submit(arguments: list[str]) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the sbatch file and stop")
     known, options = parser.parse_known_args(arguments)
     recipe, settings, origin = _read_recipe(known, options)
-    from bov_lightning.submit import JobConfig, submit
+    from bov_lightning.submit import submit
 
-    names = vars(known).keys() - {"config", "evaluate", "dry_run"}
-    job = JobConfig(**{name: getattr(known, name) for name in names})
-    submit(recipe, settings, origin, job, known.evaluate, known.dry_run)
+    submit(recipe, settings, origin, _job(known), known.evaluate, known.dry_run)
+
+
+def _sweep(arguments: list[str]) -> None:
+    from bov_lightning.errors import UserError
+
+    parser = _recipe_parser(
+        "sweep", "Trains a recipe with several value sources and seeds at equal FLOPs, and reports."
+    )
+    parser.add_argument(
+        "--values", required=True, metavar="NAME,...",
+        help="value overlays: names such as standard,bov (see bov recipes), or YAML files; "
+        "the first is the baseline",
+    )  # fmt: skip
+    parser.add_argument("--seeds", default="0", metavar="N,...", help="0 if not given")
+    parser.add_argument("--jobs", type=int, default=1, help="runs that go on at the same time")
+    parser.add_argument(
+        "--output", type=Path, help="the report; ROOT/NAME-report.html if not given"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--slurm", action="store_true", help="submit each run as a job")
+    _add_job(parser)
+    known, options = parser.parse_known_args(arguments)
+    seeds = known.seeds.split(",")
+    if not all(seed.strip().isdigit() for seed in seeds):
+        raise UserError(f"--seeds {known.seeds}: give whole numbers, such as 0,1,2")
+    if known.jobs < 1:
+        raise UserError(f"--jobs is {known.jobs}: at least 1")
+    from bov_lightning.sweep import sweep
+
+    values = [name.strip() for name in known.values.split(",")]
+    sweep(
+        _rows(known, options, values, [int(seed) for seed in seeds]), known.output,
+        n_job=known.jobs, slurm_job=_job(known) if known.slurm else None, dry_run=known.dry_run,
+    )  # fmt: skip
+
+
+def _rows(known: argparse.Namespace, options: list[str], values: list[str], seeds: list[int]):
+    """The runs of a sweep, seed by seed, so that all rows of one seed are there early."""
+    from bov_lightning.budget import make_plan
+    from bov_lightning.errors import UserError
+    from bov_lightning.recipe import find_recipe
+    from bov_lightning.sweep import Row
+
+    base, _, origin = _read_recipe(known, options)
+    if base.model.budget is None:
+        raise UserError(f"{origin}: model.budget is not set: give flops, tokens or steps")
+    paths = [find_recipe(v if v.endswith((".yaml", ".yml")) else f"values/{v}") for v in values]
+    names = [path.stem for path in paths]
+    for kind, given in (("--values", names), ("--seeds", seeds)):
+        if len(set(given)) < len(given):
+            raise UserError(f"{kind}: {max(given, key=given.count)} is given twice")
+    text = [x for option in ("data", "val_data") for files in getattr(known, option)
+            for x in (f"--{option.replace('_', '-')}", files)]  # fmt: skip
+
+    def row(name: str, path: Path, seed: int, flops: float | None) -> Row:
+        own = argparse.Namespace(**{**vars(known), "config": [*known.config, str(path)]})
+        extra = ["--seed", str(seed), "--run.name", f"{base.run.name}-{name}-seed{seed}"]
+        extra += [] if flops is None else ["--model.budget.flops", repr(flops)]
+        recipe, settings, _ = _read_recipe(own, options + extra)
+        plan = make_plan(recipe.model.config, recipe.model.budget, recipe.batch.tokens)
+        configs = [x for file in own.config for x in ("--config", file)]
+        arguments = [*configs, *text, *options, *extra]
+        return Row(name, seed, recipe, settings, arguments, plan)
+
+    # What the first row's tokens or steps cost is what every row may cost.
+    flops = base.model.budget.flops or row(names[0], paths[0], seeds[0], None).plan["flops"]
+    return [row(*value, s, flops) for s in seeds for value in zip(names, paths, strict=True)]
 
 
 def _evaluate(arguments: list[str]) -> None:
@@ -372,6 +451,7 @@ COMMANDS = {
     "validate": _validate,
     "plan": _plan,
     "submit": _submit,
+    "sweep": _sweep,
     "evaluate": _evaluate,
     "generate": _generate,
     "export": _export,

@@ -8,6 +8,7 @@ A recipe is a YAML file, or several: a later one overrides an earlier one key by
 Dotted command-line options (``--model.config.n_layer 6``) are one more overlay.
 """
 
+import copy
 import dataclasses
 import difflib
 import hashlib
@@ -27,6 +28,9 @@ from bov_lightning.model.config import TransformerConfig
 from bov_lightning.optim.groups import OptimizerConfig
 
 REPLACED_WHOLE = {"model.budget"}
+
+FIXED_BY_RUN = ("model.config", "model.optimizer", "batch.tokens", "seed", "data")
+"""What a resumed run must not change."""
 
 
 @dataclass(frozen=True)
@@ -282,6 +286,31 @@ def parse_options(options: list[str]) -> dict:
     return overlay
 
 
+def plain(value: Any) -> Any:
+    """A section as plain data; anything else as it is."""
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+
+
+def part_of(data: Any, key: str) -> Any:
+    """What lies at a dotted key; None where there is nothing."""
+    for part in key.split("."):
+        data = data.get(part) if isinstance(data, dict) else None
+    return data
+
+
+def first_difference(old: Any, new: Any, key: str) -> tuple[str, Any, Any] | None:
+    """(dotted key, old value, new value) where they differ first; keys of ``new`` alone are fine:
+
+    they came with a newer version.
+    """
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in old:
+            if found := first_difference(old.get(name), new.get(name), f"{key}.{name}"):
+                return found
+        return None
+    return None if old == new else (key, old, new)
+
+
 def _dataclass_of(annotation: Any) -> type | None:
     """The dataclass in an annotation ``D`` or ``D | None``."""
     options = (
@@ -366,7 +395,9 @@ def build(cls: type, data: dict, origin: str, path: str = "") -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, path or None)
     try:
-        parsed = parser.parse_object({path: data} if path else data)
+        # A copy: jsonargparse turns parts of what it is given into its own types.
+        given = copy.deepcopy(data)
+        parsed = parser.parse_object({path: given} if path else given)
         built = parser.instantiate(parsed)
         return built[path] if path else cls(**vars(built))
     except UserError as error:

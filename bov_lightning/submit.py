@@ -158,8 +158,10 @@ RECIPE = "recipe.yaml"
 
 def submit(
     recipe: Recipe, settings: dict, origin: str, job: JobConfig, evaluate: bool, dry_run: bool
-) -> None:
+) -> str | None:
     """Writes recipe and sbatch file into the run directory and submits them; or prints the latter.
+
+    Returns the job's number, None without a job.
 
     Args:
         recipe: the typed recipe.
@@ -190,7 +192,7 @@ def submit(
     script = render(recipe, job, run, evaluate)
     if dry_run:
         print(script, end="")
-        return
+        return None
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not on this machine: submit from a login node, or use --dry-run")
     if recipe.resume == "never" and run.exists() and not evaluate:
@@ -208,6 +210,7 @@ def submit(
         raise UserError(f"sbatch refused the job: {result.stderr.strip()}")
     print(result.stdout.strip())
     print(f"run {run}")
+    return result.stdout.split()[-1]
 
 
 def _check_watcher(recipe: Recipe, origin: str, job: JobConfig) -> None:

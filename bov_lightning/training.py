@@ -26,6 +26,7 @@ from bov_lightning.module import BoVModule
 from bov_lightning.preemption import Preempted, received
 from bov_lightning.progress import MetricsCSV, Reporter, TensorBoardEvents
 from bov_lightning.recipe import (
+    FIXED_BY_RUN,
     BatchConfig,
     CheckpointConfig,
     EvaluationConfig,
@@ -33,7 +34,10 @@ from bov_lightning.recipe import (
     Recipe,
     RunConfig,
     ValidationConfig,
+    first_difference,
     one_line,
+    part_of,
+    plain,
     read_yaml,
     unknown_key,
 )
@@ -55,9 +59,6 @@ DERIVED = {
     "enable_progress_bar": "nothing: bov shows its own",
 }
 """Arguments of the Trainer that other sections decide."""
-
-FIXED_BY_RUN = ("model.config", "model.optimizer", "batch.tokens", "seed", "data")
-"""What a resumed run must not change."""
 
 
 class RecipeCLI(LightningCLI):
@@ -264,39 +265,17 @@ def _leave_signals_to_us(trainer: Trainer) -> None:
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
 
-def _get(data: Any, key: str) -> Any:
-    for part in key.split("."):
-        data = data.get(part) if isinstance(data, dict) else None
-    return data
-
-
 def _check_same_run(run: Path, resolved: dict) -> None:
     """Refuses to resume under settings that the run was not trained with."""
     old = read_yaml(run / "config.yaml")
     for section in FIXED_BY_RUN:
-        difference = _first_difference(_get(old, section), _get(resolved, section), section)
+        difference = first_difference(part_of(old, section), part_of(resolved, section), section)
         if difference:
             key, before, now = difference
             raise UserError(
                 f"{run} was trained with {key} {before!r}, not {now!r}: use another run.name, or "
                 "--resume never to start it afresh"
             )
-
-
-def _first_difference(old: Any, new: Any, key: str) -> tuple[str, Any, Any] | None:
-    if isinstance(old, dict) and isinstance(new, dict):
-        # A key that the old run does not know came with a newer version.
-        for name in old:
-            if found := _first_difference(old.get(name), new.get(name), f"{key}.{name}"):
-                return found
-        return None
-    return None if old == new else (key, old, new)
-
-
-def _plain(value: Any) -> Any:
-    from dataclasses import asdict, is_dataclass
-
-    return asdict(value) if is_dataclass(value) else value
 
 
 def _evaluator(
@@ -356,7 +335,7 @@ def fit(recipe: Recipe, settings: dict, origin: str) -> None:
     # One device divides what any number of devices could: refuse before Lightning starts.
     accumulation(batch.tokens, batch.micro, config.sequence_len, 1)
 
-    resolved = {name: _plain(value) for name, value in vars(recipe).items() if name != "resume"}
+    resolved = {name: plain(value) for name, value in vars(recipe).items() if name != "resume"}
     loggers, reporter = [MetricsCSV(run), TensorBoardEvents(run)], Reporter()
     run_files = RunFiles(run, "", {})
     # A requeued job continues whatever its command line says: it would never end otherwise.
