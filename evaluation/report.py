@@ -150,9 +150,7 @@ def notes(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def paired_rows(
-    ours: dict[str, Any], theirs: dict[str, Any], task: str, metric: str
-) -> np.ndarray:
+def paired_rows(ours: dict[str, Any], theirs: dict[str, Any], task: str, metric: str) -> np.ndarray:
     """Ours minus theirs for every row of a task that both scored."""
     a, b = (row_values(results, task, metric) for results in (ours, theirs))
     return np.array([a[i] - b[i] for i in sorted(a.keys() & b.keys())])

@@ -197,7 +197,9 @@ def _by_task(rows: list[Row], categories: dict[str, list[str]], score, mark: str
     paper = [
         row
         for row in rows
-        if any(published_benchmark(row, t) is not None for tasks in categories.values() for t in tasks)
+        if any(
+            published_benchmark(row, t) is not None for tasks in categories.values() for t in tasks
+        )
     ]
     columns = [
         Column("task"),

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -74,6 +75,8 @@ class Plot:
     y_limit: float | None = None
     """Where the frame ends."""
     zero_line: bool = False
+    smooth: bool = False
+    """Whether a line is drawn as a running mean where it has many points."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,7 @@ def _csv(rows: list[list[str]]) -> str:
     return text.getvalue()
 
 
-def thinned(plot: Plot, n_point: int = 12_000) -> Plot:
+def thinned(plot: Plot, n_point: int = 8_000) -> Plot:
     """The plot with about so many points at most: the lowest and highest of each stretch of a line.
 
     They are points that were measured; peaks stay.
@@ -184,7 +187,7 @@ def thinned(plot: Plot, n_point: int = 12_000) -> Plot:
         if n > 2 * n_bucket + 2:
             edges = np.linspace(1, n - 1, n_bucket + 1).astype(int)
             kept = {0, n - 1}
-            for start, end in zip(edges[:-1], edges[1:], strict=True):
+            for start, end in itertools.pairwise(edges):
                 kept |= {start + int(series.y[start:end].argmin())}
                 kept |= {start + int(series.y[start:end].argmax())}
             index = sorted(kept)

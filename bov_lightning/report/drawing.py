@@ -2,8 +2,10 @@
 
 import io
 import re
+from dataclasses import replace
 from xml.etree import ElementTree
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -52,7 +54,7 @@ def svg(plot: Plot) -> str:
     """The plot as an element for a page; rows are ``g[data-row]``, colours CSS variables."""
     with rc_context({**STYLE, "svg.hashsalt": plot.slug}):
         file = io.StringIO()
-        _draw(thinned(plot), legend=False).savefig(
+        _draw(thinned(_smoothed(plot)), legend=False).savefig(
             file, format="svg", transparent=True, metadata={"Date": None}
         )
     return _themed(file.getvalue(), plot)
@@ -62,8 +64,21 @@ def png(plot: Plot) -> bytes:
     """The plot as a picture on white, with a legend."""
     with rc_context(STYLE):
         file = io.BytesIO()
-        _draw(thinned(plot), legend=True).savefig(file, format="png", dpi=150)
+        _draw(thinned(_smoothed(plot)), legend=True).savefig(file, format="png", dpi=150)
     return file.getvalue()
+
+
+def _smoothed(plot: Plot) -> Plot:
+    """The plot with lines of many points as means over two hundredths of them."""
+
+    def smooth(series: Series) -> Series:
+        width = len(series.y) // 50
+        if width < 2:
+            return series
+        sums = np.convolve(series.y, np.ones(width), "same")
+        return replace(series, y=sums / np.convolve(np.ones(len(series.y)), np.ones(width), "same"))
+
+    return replace(plot, series=[smooth(s) for s in plot.series]) if plot.smooth else plot
 
 
 def _draw(plot: Plot, legend: bool) -> Figure:

@@ -52,12 +52,19 @@ def html(report: Report) -> str:
 
 
 def _blocks(section: Section) -> list[Table | list[Plot]]:
-    """The items of a section, with plots that follow each other in one list."""
+    """The items of a section, with plots that follow each other in one list.
+
+    Rankings, which grow with the number of rows, stand beside rankings only.
+    """
     blocks: list[Table | list[Plot]] = []
     for item in section.items:
         if isinstance(item, Table):
             blocks.append(item)
-        elif blocks and isinstance(blocks[-1], list):
+        elif (
+            blocks
+            and isinstance(blocks[-1], list)
+            and (item.kind == "ranking") == (blocks[-1][-1].kind == "ranking")
+        ):
             blocks[-1].append(item)
         else:
             blocks.append([item])

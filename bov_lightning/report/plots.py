@@ -17,36 +17,30 @@ SETTLED = 0.25
 
 def curves(group: Group, mark: str) -> list[Plot]:
     """Bits per byte against tokens, FLOPs and time (figure 4), loss and throughput."""
-    against: tuple[tuple[str, str, Callable[[Run], np.ndarray]], ...] = (
-        ("tokens", "tokens", lambda run: run.metrics["tokens"]),
-        ("flops", "FLOPs", lambda run: run.metrics["tokens"] * run.facts["flops_per_token"]),
-        ("time", "train_seconds", lambda run: run.metrics["train_seconds"]),
-    )
     made = [
-        _curve(group, f"val_bpb_against_{slug}{mark}", f"Bits per byte against {slug_text}",
-               x_name, "val_bpb", x_of)
-        for (slug, x_name, x_of), slug_text in zip(against, ("tokens", "FLOPs", "time"), strict=True)
+        _curve(group, f"val_bpb_against_{x_name.lower()}{mark}", f"Bits per byte against {title}",
+               x_name, "val_bpb")
+        for x_name, title in (("tokens", "tokens"), ("FLOPs", "FLOPs"), ("train_seconds", "time"))
     ]  # fmt: skip
-    _, x_name, x_of = against[0]
     made += [
-        _curve(group, f"{column}{mark}", title, x_name, column, x_of)
-        for column, title in (
-            ("train_loss", "Training loss against tokens"),
-            ("tokens_per_s", "Tokens per second against tokens"),
-        )
+        _curve(group, f"{y_name}{mark}", f"{title} against tokens", "tokens", y_name)
+        for y_name, title in (("train_loss", "Training loss"), ("tokens_per_s", "Throughput"))
     ]
     return [plot for plot in made if plot is not None]
 
 
-def _curve(
-    group: Group, slug: str, title: str, x_name: str, y_name: str,
-    x_of: Callable[[Run], np.ndarray],
-) -> Plot | None:  # fmt: skip
+def _x_of(run: Run, name: str) -> np.ndarray:
+    if name == "FLOPs":
+        return run.metrics["tokens"] * run.facts["flops_per_token"]
+    return run.metrics[name]
+
+
+def _curve(group: Group, slug: str, title: str, x_name: str, y_name: str) -> Plot | None:
     """One line per run; None where no run has two points."""
     series, without = [], []
     for row in group.rows:
         for run in row.runs:
-            x, y = x_of(run), run.metrics[y_name]
+            x, y = _x_of(run, x_name), run.metrics[y_name]
             there = np.isfinite(x) & np.isfinite(y)
             if there.any():
                 series.append(Series(run.name, row.index, x[there], y[there]))
@@ -55,7 +49,8 @@ def _curve(
     if not any(len(s.x) > 1 for s in series):
         return None
     limit = None if y_name == "tokens_per_s" else _frame(series)
-    text = []
+    smooth = y_name != "val_bpb" and max(len(s.x) for s in series) >= 100
+    text = ["Drawn as a running mean; the data is as measured."] if smooth else []
     if limit is not None:
         text.append("The frame leaves out the start of the curves; the data has it.")
     if without:
@@ -63,12 +58,12 @@ def _curve(
         text.append(f"Not shown, for want of {missing}: {', '.join(without)}.")
     longest = max(float(s.x.max()) for s in series)
     scale = _time_scale(longest) if x_name == "train_seconds" else (1.0, "")
-    lowest = min(series, key=lambda s: s.y[-1])
-    alt = (f"{title}: {len(series)} lines; the lowest end is {lowest.y[-1]:.4g}, of "
-           f"{lowest.label}. The table has the numbers.")  # fmt: skip
+    ends = [float(s.y[-1]) for s in series]
+    alt = (f"{title}: {len(series)} lines, which end between {min(ends):.4g} and {max(ends):.4g}. "
+           "The tables have the numbers.")  # fmt: skip
     return Plot(
         slug, title, alt, x_name, y_name, series, rows=_legend(group), note=" ".join(text),
-        x_scale=scale, y_limit=limit,
+        x_scale=scale, y_limit=limit, smooth=smooth,
     )  # fmt: skip
 
 
@@ -86,7 +81,11 @@ def _frame(series: list[Series]) -> float | None:
 
 def _time_scale(seconds: float) -> tuple[float, str]:
     return next(
-        ((size, unit) for size, unit in ((3600.0, "hours"), (60.0, "minutes")) if seconds > 3 * size),
+        (
+            (size, unit)
+            for size, unit in ((3600.0, "hours"), (60.0, "minutes"))
+            if seconds > 3 * size
+        ),
         (1.0, "seconds"),
     )
 

@@ -23,7 +23,7 @@ from evaluation.report import aggregate_metric, leaf_tasks, notes
 from evaluation.results import EVAL, read_results
 
 FACTS, METRICS = "run.json", "metrics.csv"
-COLUMNS = ("train_loss", "val_bpb", "train_seconds", "tokens_per_s", "mfu")
+COLUMNS = ("tokens", "train_loss", "val_bpb", "train_seconds", "tokens_per_s", "mfu")
 MAX_KEYS = 10_000
 """Keys of a recipe, aliases followed: more is an attack, or no recipe."""
 
@@ -211,7 +211,10 @@ def read_run(path: Path, name: str) -> Run:
         raise UserError("the directory is empty")
     settings = _read_settings(path / CONFIG)
     facts = _read_facts(path / FACTS)
-    metrics, notes = read_metrics(path / METRICS)
+    batch = settings.get("batch.tokens")
+    if not isinstance(batch, int):
+        raise UserError(f"{CONFIG}: batch.tokens is {batch!r}, not a count")
+    metrics, notes = read_metrics(path / METRICS, batch)
     return Run(path, name, settings, facts, metrics, notes)
 
 
@@ -283,10 +286,11 @@ def _read_facts(path: Path) -> dict[str, Any]:
     return facts
 
 
-def read_metrics(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+def read_metrics(path: Path, batch_tokens: int) -> tuple[dict[str, np.ndarray], list[str]]:
     """The columns of a metrics.csv, and what is odd about it.
 
-    A last line that was cut off is left out; any other damage is a `UserError`.
+    A last line that was cut off is left out; any other damage is a `UserError`. Rows without tokens
+    get what their step trained on.
     """
     text, notes = _read_text(path), []
     if text and not text.endswith("\n"):
@@ -297,9 +301,8 @@ def read_metrics(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
         raise UserError(
             f"{path.name} cannot be read: {one_line(error)}" if text else f"{path.name} is empty"
         ) from error
-    for name in ("step", "tokens"):
-        if name not in header:
-            raise UserError(f"{path.name} has no column {name}")
+    if "step" not in header:
+        raise UserError(f"{path.name} has no column step")
     if not rows:
         raise UserError(f"{path.name} has no rows: no step was logged")
     for line, row in enumerate(rows, start=2):
@@ -308,9 +311,10 @@ def read_metrics(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
                 f"{path.name} line {line} has {len(row)} fields instead of {len(header)}"
             )
     columns = dict(zip(header, zip(*rows, strict=True), strict=True))
-    metrics = {
-        name: _numbers(path, name, columns[name], required=True) for name in ("step", "tokens")
-    }
+    metrics = {"step": _numbers(path, "step", columns["step"])}
+    if not np.isfinite(metrics["step"]).all():
+        line = int(np.argmin(np.isfinite(metrics["step"]))) + 2
+        raise UserError(f"{path.name} line {line} has no step")
     if (np.diff(metrics["step"]) <= 0).any():
         line = int(np.argmax(np.diff(metrics["step"]) <= 0)) + 3
         raise UserError(f"{path.name} line {line}: its step does not come after the one before")
@@ -319,19 +323,18 @@ def read_metrics(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
         metrics[name] = (
             np.full(len(rows), math.nan) if values is None else _numbers(path, name, values)
         )
+    unknown = ~np.isfinite(metrics["tokens"])
+    metrics["tokens"][unknown] = batch_tokens * metrics["step"][unknown]
     return metrics, notes
 
 
-def _numbers(path: Path, name: str, texts: tuple[str, ...], required: bool = False) -> np.ndarray:
+def _numbers(path: Path, name: str, texts: tuple[str, ...]) -> np.ndarray:
     numbers = np.empty(len(texts))
     for i, text in enumerate(texts):
         try:
-            numbers[i] = float(text) if text or required else math.nan
+            numbers[i] = float(text) if text else math.nan
         except ValueError:
             raise UserError(f"{path.name} line {i + 2}: {name} is {text!r}, no number") from None
-    if required and not np.isfinite(numbers).all():
-        line = int(np.argmin(np.isfinite(numbers))) + 2
-        raise UserError(f"{path.name} line {line}: {name} is not finite")
     return numbers
 
 

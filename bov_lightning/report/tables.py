@@ -41,7 +41,8 @@ def make_report(groups: list[Group], unusable: list[Unusable]) -> Report:
         f"{len(unusable)} unusable" if unusable else "",
     ]
     text = [APART] if len(groups) > 1 else []
-    text += [line for group in groups for line in _finding(group, len(groups) > 1)]
+    for number, group in enumerate(groups, start=1):
+        text += _finding(group, f"Group {number}: the" if len(groups) > 1 else "The")
     items = [table] if (table := _left_out(runs, unusable)) else []
     overview = Section("Overview", text, items)
     last = [Section("Runs", [], [_runs(groups)])] if runs else []
@@ -53,14 +54,13 @@ def _count(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
-def _finding(group: Group, several: bool) -> list[str]:
-    """The lowest bits per byte, in a sentence."""
-    rows = [row for row in group.finished if row.mean(_bpb)]
-    if not rows:
+def _finding(group: Group, start: str) -> list[str]:
+    """The lowest bits per byte, in a sentence; nothing where less than two rows have a result."""
+    rows = group.finished
+    if len(rows) < 2:
         return []
     best = min(rows, key=lambda row: row.mean(_bpb).value)
-    where = f"Of {', '.join(row.label for row in rows)}: the" if several else "The"
-    text = f"{where} lowest val bpb is {best.mean(_bpb).value:.4f}, of {best.label}"
+    text = f"{start} lowest val bpb is {best.mean(_bpb).value:.4f}, of {best.label}"
     change = best.minus(group.baseline, _bpb)
     if change is None:
         return [f"{text}."]
@@ -157,8 +157,8 @@ def _parameters(group: Group, mark: str) -> Table:
             even if isinstance(even, int) else None,
         ])  # fmt: skip
     note = (
-        "Live is everything that is stored and trained, tables included; the cache is in bf16, with "
-        "all tokens kept in all layers."
+        "Live is everything that is stored and trained, tables included; the cache is in bf16, "
+        "with all tokens kept in all layers."
     )
     return Table(f"parameters{mark}", "Parameters", columns, lines, note)
 
