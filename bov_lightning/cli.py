@@ -16,6 +16,7 @@ usage: bov COMMAND ...
   submit     train on a SLURM cluster                  bov submit --config R.yaml --nodes N ...
   sweep      compare value sources at equal FLOPs      bov sweep --config R.yaml --values ...
   evaluate   benchmarks: CORE, or any of lm-eval's    bov evaluate RUN-or-CHECKPOINT --data-dir D
+  report     curves and tables of runs, as a page      bov report RUN ... --output report.html
   generate   sample text                               bov generate RUN-or-CHECKPOINT --prompt P
   export     write a Hugging Face directory            bov export RUN-or-CHECKPOINT --output D
   import     read the paper's authors' checkpoints     bov import nanochat DIR --output D
@@ -350,6 +351,30 @@ def _evaluate(arguments: list[str]) -> None:
     evaluate_command(**vars(known))
 
 
+def _report(arguments: list[str]) -> None:
+    parser = _Parser(prog="bov report", description="Compares runs: curves, tables, figures.")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run directories, or folders of them"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("report.html"),
+        help="file to write; for csv and png a directory",
+    )  # fmt: skip
+    parser.add_argument(
+        "--format", choices=["html", "md", "csv", "png"], default="html",
+        help="html: one page that needs no network",
+    )  # fmt: skip
+    parser.add_argument(
+        "--baseline", metavar="NAME",
+        help="what differences are taken to: a run, or a row such as standard; the first run if "
+        "not given",
+    )  # fmt: skip
+    known = parser.parse_args(arguments)
+    from bov_lightning.report import write_report
+
+    print(write_report(known.runs, known.output, known.format, known.baseline))
+
+
 def _generate(arguments: list[str]) -> None:
     parser = _Parser(prog="bov generate", description="Samples text from a checkpoint.")
     parser.add_argument(
@@ -453,6 +478,7 @@ COMMANDS = {
     "submit": _submit,
     "sweep": _sweep,
     "evaluate": _evaluate,
+    "report": _report,
     "generate": _generate,
     "export": _export,
     "import": _import,

@@ -13,6 +13,12 @@ FULL = 2**20
 """A file system with fewer free bytes than this counts as full."""
 
 
+def packaged_recipes() -> Path:
+    """The folder of the recipes that come with the package."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

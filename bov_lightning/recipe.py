@@ -24,6 +24,7 @@ import yaml
 
 from bov_lightning.budget import BudgetConfig
 from bov_lightning.errors import UserError
+from bov_lightning.files import packaged_recipes
 from bov_lightning.model.config import TransformerConfig
 from bov_lightning.optim.groups import OptimizerConfig
 
@@ -192,12 +193,6 @@ class Recipe:
     """class_path and init_args of a LightningDataModule."""
     trainer: dict[str, Any] = field(default_factory=dict)
     """Arguments of lightning.pytorch.Trainer, except those that other sections decide."""
-
-
-def packaged_recipes() -> Path:
-    """The folder of the recipes that come with the package."""
-    inside = Path(__file__).parent / "recipes"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
 
 
 def default_run_name(overlays: list[tuple[Path, dict]]) -> str:

@@ -79,7 +79,8 @@ def row_values(results: dict[str, Any], task: str, metric: str) -> dict[int, flo
     }
 
 
-def _group_interval(results: dict[str, Any], group: str) -> Interval | None:
+def group_interval(results: dict[str, Any], group: str) -> Interval | None:
+    """The mean of a group that has one and rows in all of its tasks; None otherwise."""
     metric = aggregate_metric(results, group)
     if metric is None:
         return None
@@ -99,7 +100,7 @@ def table(results: dict[str, Any]) -> str:
             continue
         lines += _task_lines(name, values, results)
     for group in groups:
-        interval = _group_interval(results, group)
+        interval = group_interval(results, group)
         if interval is None:
             lines.append(f"{group}: not all of its tasks have rows, so it has no mean")
             continue
@@ -149,29 +150,33 @@ def notes(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def paired_rows(ours: dict[str, Any], theirs: dict[str, Any], task: str, metric: str) -> np.ndarray:
+    """Ours minus theirs for every row of a task that both scored."""
+    a, b = (row_values(results, task, metric) for results in (ours, theirs))
+    return np.array([a[i] - b[i] for i in sorted(a.keys() & b.keys())])
+
+
+def group_pairs(ours: dict[str, Any], theirs: dict[str, Any], group: str) -> list[np.ndarray]:
+    """`paired_rows` of every task of a group; empty where it has no mean or a task no rows."""
+    metric = aggregate_metric(ours, group)
+    rows = [paired_rows(ours, theirs, t, metric) for t in leaf_tasks(ours, group)] if metric else []
+    return rows if all(map(len, rows)) else []
+
+
 def compare(ours: dict[str, Any], theirs: dict[str, Any], names: tuple[str, str]) -> str:
     """The paired differences, first minus second, with bootstrap intervals over common rows."""
     lines = [f"{names[0]} minus {names[1]}, paired by row",
              f"{'':<34}{'rows':>7}{'difference':>12}  95% interval        P(> 0)"]  # fmt: skip
-    pairs: dict[tuple[str, str], np.ndarray] = {}
-
-    def paired(task: str, metric: str) -> np.ndarray:
-        if (task, metric) not in pairs:
-            a, b = (row_values(r, task, metric) for r in (ours, theirs))
-            pairs[task, metric] = np.array([a[i] - b[i] for i in sorted(a.keys() & b.keys())])
-        return pairs[task, metric]
-
     for task, values in ours["results"].items():
         if task in ours.get("groups", {}):
             continue
         metric = next((k.partition(",")[0] for k in values if "," in k), None)
-        if metric is None or not len(rows := paired(task, metric)):
+        if metric is None or not len(rows := paired_rows(ours, theirs, task, metric)):
             continue
         lines.append(_difference(task, len(rows), bootstrap([rows])))
     for group in ours.get("groups", {}):
-        metric = aggregate_metric(ours, group)
-        rows = [paired(t, metric) for t in leaf_tasks(ours, group)] if metric else []
-        if rows and all(map(len, rows)):
+        rows = group_pairs(ours, theirs, group)
+        if rows:
             lines.append(_difference(group, sum(map(len, rows)), bootstrap(rows)))
     if any(group in PROTOCOLS for group in ours.get("groups", {})):
         lines.append(f"note: {NOISE}")
