@@ -89,7 +89,7 @@ class Row:
     def measured(self) -> "Measured":
         """What metrics.csv says."""
         try:
-            metrics, _ = read_metrics(self.run / "metrics.csv")
+            metrics, _ = read_metrics(self.run / "metrics.csv", self.recipe.batch.tokens)
         except UserError:
             return Measured(0, 0, math.nan)
         validated = np.flatnonzero(np.isfinite(metrics["val_bpb"]))
@@ -159,7 +159,9 @@ def sweep(
     """
     for row in rows:
         row.check()
-    print_rows(rows, Console(highlight=False))
+    # What is no terminal has no width: lines must not be cut.
+    width = None if sys.stdout.isatty() else 120
+    print_rows(rows, Console(highlight=False, width=width))
     if dry_run:
         return
     first, runs = rows[0], [row.run for row in rows]
@@ -178,7 +180,7 @@ def sweep(
 def print_rows(rows: list[Row], console: Console) -> None:
     """What is going to be trained, and how far it is."""
     table = Table(box=None, header_style="bold")
-    for name in ("run", "steps", "tokens", "FLOPs", "parameters", "in tables", "state"):
+    for name in ("run", "steps", "FLOPs", "parameters", "in tables", "state"):
         justify = "left" if name in ("run", "state") else "right"
         table.add_column(name, justify=justify, no_wrap=True, overflow="ignore")
     for row in rows:
@@ -186,7 +188,7 @@ def print_rows(rows: list[Row], console: Console) -> None:
         step = row.step()
         state = "finished" if row.is_finished() else f"at step {step}" if step else "new"
         table.add_row(
-            row.run.name, f"{row.n_step:,}", f"{row.plan['tokens']:,}", f"{row.plan['flops']:.4g}",
+            row.run.name, f"{row.n_step:,}", f"{row.plan['flops']:.4g}",
             f"{params['live']:,}", f"{params['tables']:,}", state,
         )  # fmt: skip
     console.print(table, soft_wrap=True)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bov_lightning.budget import meta_model
-from bov_lightning.cli import _read_recipe, main
+from bov_lightning.cli import _read_recipe, _recipe_parser, main
 from bov_lightning.errors import UserError
 from bov_lightning.recipe import Recipe, check_keys, known_keys, merge, nearest, parse_options
 
@@ -24,6 +24,12 @@ plain_data = st.recursive(
     max_leaves=10,
 )
 mappings = st.dictionaries(st.sampled_from("abcd"), plain_data, max_size=4)
+
+
+def read_recipe(path, *options):
+    """As a command line gives it: (typed recipe, plain data, its name for messages)."""
+    known, others = _recipe_parser("fit", "").parse_known_args(["--config", str(path), *options])
+    return _read_recipe(known, others)
 
 
 @given(mappings, mappings, mappings)
@@ -106,18 +112,18 @@ def test_vocabulary_is_filled_from_the_tokenizer(tmp_path):
     from data_modules.tokenizer import TokenizerConfig, save_tokenizer, train_tokenizer
 
     null = ["--model.config.vocab_size", "null"]
-    recipe, _, _ = _read_recipe(["quickstart"], null)
+    recipe, _, _ = read_recipe("quickstart", *null)
     assert recipe.model.config.vocab_size == 4096
     save_tokenizer(train_tokenizer(["some text"] * 9, TokenizerConfig(vocab_size=260)), tmp_path)
     brought = ["--data.init_args.tokenizer.path", str(tmp_path)]
-    recipe, _, _ = _read_recipe(["quickstart"], [*null, *brought])
+    recipe, _, _ = read_recipe("quickstart", *null, *brought)
     assert recipe.model.config.vocab_size == 260
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("overlay", [None, *OVERLAYS], ids=lambda path: path and path.stem)
 def test_every_recipe_builds_with_every_overlay(path, overlay):
-    recipe, settings, _ = _read_recipe([str(p) for p in (path, overlay) if p], [])
+    recipe, settings, _ = read_recipe(path, *(["--config", str(overlay)] if overlay else []))
     assert recipe.run.name == (f"{path.stem}-{overlay.stem}" if overlay else path.stem)
     assert meta_model(recipe.model.config).flops_per_token() > 0
     if overlay:
