@@ -7,10 +7,8 @@ Zipf's distribution over the vocabulary, which is how often real tokens repeat.
 """
 
 import argparse
-import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +17,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import peak_memory_mb, report
+import harness
+from harness import peak_memory_mb, report, side_by_side
 
 from bov_lightning.budget import meta_model, with_standard_values
 from bov_lightning.generate import Decoding, Sampling
@@ -32,29 +31,6 @@ N_HEAD, HEAD_DIM, VOCAB = 12, 128, 32768
 BOV = ValueConfig("bank", "last_third", "learned")
 MODEL_135M = TransformerConfig(12, 6, 6, 768, VOCAB, 2048, "SSSL", value=BOV)
 MODEL_780M = TransformerConfig(24, 12, 12, 1536, VOCAB, 2048, "SSSL", value=BOV)
-
-
-clock = time.perf_counter
-"""What is measured; ``--cpu-time`` on a machine that others use too, with one thread."""
-
-
-def side_by_side(
-    actions: dict[str, Callable[[], object]], repeats: int, at_least: float = 4.0
-) -> dict[str, float]:
-    """Median seconds of each action by `clock`; they take turns, after one turn of warming up.
-
-    Short actions are repeated until they took ``at_least`` seconds together, or 50 times.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    turn, begin = 0, time.perf_counter()
-    while turn <= repeats or (turn <= 50 and time.perf_counter() - begin < at_least):
-        for name, action in actions.items():
-            started = clock()
-            action()
-            if turn or repeats == 0:
-                seconds[name].append(clock() - started)
-        turn += 1
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def zipf_ids(n_row: int, n_token: int) -> torch.Tensor:
@@ -175,8 +151,7 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="not wall-clock time")
     options = parser.parse_args()
     if options.cpu_time:
-        global clock
-        clock = time.process_time
+        harness.clock = time.process_time
 
     seconds: dict[str, float] = {}
     skipped: list[str] = []

@@ -11,6 +11,28 @@ from pathlib import Path
 
 from bov_lightning.run import git_commit
 
+clock = time.perf_counter
+"""What is measured; `time.process_time` on a machine that others use too, with one thread."""
+
+
+def side_by_side(
+    actions: dict[str, Callable[[], object]], repeats: int, at_least: float = 4.0
+) -> dict[str, float]:
+    """Median seconds of each action by `clock`; they take turns, after one turn of warming up.
+
+    Short actions are repeated until they took ``at_least`` seconds together, or 50 times.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    turn, begin = 0, time.perf_counter()
+    while turn <= repeats or (turn <= 50 and time.perf_counter() - begin < at_least):
+        for name, action in actions.items():
+            started = clock()
+            action()
+            if turn or repeats == 0:
+                seconds[name].append(clock() - started)
+        turn += 1
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
 
 def median_seconds(action: Callable[[], object], repeats: int) -> float:
     """Median wall-clock seconds of ``action`` over ``repeats`` runs."""

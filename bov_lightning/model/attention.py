@@ -52,9 +52,9 @@ def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
-Mask = Union[Tensor, "BlockMask", None]
+Mask = Union[Tensor, "BlockMask", int, None]
 """What `attend` takes: (T, T) or (B, 1, T, T) bool, True where a query (row) sees a key (column);
-FlexAttention's form of it on CUDA; None for plain causal attention."""
+FlexAttention's form of it on CUDA; a window, in tokens; None for plain causal attention."""
 
 
 @lru_cache(maxsize=8)
@@ -113,8 +113,7 @@ def make_masks(
         elif reach == n_token - 1:
             masks[window] = None
         else:
-            make = _window_block_mask if flex else _window_mask
-            masks[window] = make(n_token, reach, device)
+            masks[window] = _window_block_mask(n_token, reach, device) if flex else reach
     return masks
 
 
@@ -135,12 +134,51 @@ def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Mask) -> Tensor
         "scale": attention_scale(q_BHTD.shape[3]),
         "enable_gqa": q_BHTD.shape[1] != k_BKTD.shape[1],
     }
+    if isinstance(mask, int):
+        return _attend_in_window(q_BHTD, k_BKTD, v_BKTD, mask, how)
     if not isinstance(mask, Tensor | None):
         return _compiled_flex_attention()(q_BHTD, k_BKTD, v_BKTD, block_mask=mask, **how)
     return F.scaled_dot_product_attention(
         q_BHTD, k_BKTD, v_BKTD,
         attn_mask=mask, is_causal=mask is None and q_BHTD.shape[2] > 1, **how,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=8)
+def _band_mask(size: int, window: int, device: torch.device) -> Tensor:
+    """(N, 2N) bool: what a block of N queries sees of the block before it and of its own."""
+    with torch.inference_mode(False):
+        query = torch.arange(size, 2 * size, device=device)
+        distance = query[:, None] - torch.arange(2 * size, device=device)
+        return (distance >= 0) & (distance <= window)
+
+
+def _attend_in_window(
+    q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, window: int, how: dict
+) -> Tensor:
+    """Each token sees itself and ``window`` tokens to its left; time grows as T, not as T^2.
+
+    Queries go in N blocks of W tokens, as many as the window has; a block sees its own keys and
+    those of the block before.
+    """
+    (n_row, _, n_token, _), size = q_BHTD.shape, max(window, 1)
+    # Padding on the right, which no token sees.
+    missing = -n_token % size
+    q_BNWHD, k_BNWKD, v_BNWKD = (
+        F.pad(x, (0, 0, 0, missing)).transpose(1, 2).unflatten(1, (-1, size))
+        for x in (q_BHTD, k_BKTD, v_BKTD)
+    )
+    first = F.scaled_dot_product_attention(
+        *(x[:, 0].transpose(1, 2) for x in (q_BNWHD, k_BNWKD, v_BNWKD)), is_causal=True, **how
+    )
+    two_blocks = (torch.cat((x[:, :-1], x[:, 1:]), dim=2) for x in (k_BNWKD, v_BNWKD))
+    others = F.scaled_dot_product_attention(
+        *(x.flatten(0, 1).transpose(1, 2) for x in (q_BNWHD[:, 1:], *two_blocks)),
+        attn_mask=_band_mask(size, window, q_BHTD.device), **how,
+    )  # fmt: skip
+    others_BNWHD = others.transpose(1, 2).unflatten(0, (n_row, -1))
+    y_BTHD = torch.cat((first.transpose(1, 2)[:, None], others_BNWHD), dim=1).flatten(1, 2)
+    return y_BTHD[:, :n_token].transpose(1, 2)
 
 
 class Attention(nn.Module):

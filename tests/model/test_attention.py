@@ -39,8 +39,13 @@ def test_attend_equals_its_definition(n_token, window, n_kv_head):
     generator = torch.Generator().manual_seed(n_token)
     q = torch.randn(2, 4, n_token, 8, generator=generator)
     k, v = torch.randn(2, 2, n_kv_head, n_token, 8, generator=generator).unbind()
-    found = attend(q, k, v, mask_of(window, n_token))
-    assert torch.allclose(found, naive(q, k, v, window), atol=1e-5)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    found, expected = attend(*inputs, mask_of(window, n_token)), naive(*inputs, window)
+    assert torch.allclose(found, expected, atol=1e-5)
+    direction = torch.randn(found.shape, generator=generator)
+    gradients = [torch.autograd.grad((y * direction).sum(), inputs) for y in (found, expected)]
+    for x_grad, y_grad in zip(*gradients, strict=True):
+        assert torch.allclose(x_grad, y_grad, atol=1e-4)
 
 
 @pytest.mark.slow
