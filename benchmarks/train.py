@@ -108,8 +108,8 @@ class Llama(Subject):
 
     def compute_loss(self) -> torch.Tensor:
         """The loss that the model computes itself."""
-        ids = self.rows[:, :-1]
-        return self.forward(input_ids=ids, labels=ids, shift_labels=self.rows[:, 1:]).loss
+        ids, targets = self.rows[:, :-1], self.rows[:, 1:].contiguous()
+        return self.forward(input_ids=ids, labels=ids, shift_labels=targets).loss
 
 
 def against_llama(options: argparse.Namespace) -> tuple[dict, dict]:
