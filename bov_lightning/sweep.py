@@ -399,8 +399,9 @@ def run_on_slurm(rows: list[Row], job: Any, report: list[str], script: Path) -> 
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise UserError(f"squeue failed: {result.stderr.strip()}")
-    queued = {name: number for number, name in map(str.split, result.stdout.splitlines())}
-    jobs = []
+    lines = (line.partition(" ") for line in result.stdout.splitlines())
+    queued = {name: number for number, _, name in lines}
+    jobs, n_new = [], 0
     for row in rows:
         if row.is_finished():
             continue
@@ -409,7 +410,12 @@ def run_on_slurm(rows: list[Row], job: Any, report: list[str], script: Path) -> 
             jobs.append(queued[row.run.name])
         else:
             jobs.append(submit(row.recipe, row.settings, row.run.name, job, False, False))
-    options = [f"--output={script.with_suffix('.out')}", f"--chdir={Path.cwd()}"]
+            n_new += 1
+    if script.stem in queued and not n_new:
+        print(f"the report is queued already, as job {queued[script.stem]}")
+        return
+    options = [f"--job-name={script.stem}", "--ntasks=1"]
+    options += [f"--output={script.with_suffix('.out')}", f"--chdir={Path.cwd()}"]
     options += [f"--dependency=afterany:{':'.join(jobs)}"] if jobs else []
     options += [f"--{k}={v}" for k in ("partition", "account") if (v := getattr(job, k))]
     setup = "".join(f"{line}\n" for line in job.setup)

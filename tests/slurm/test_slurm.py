@@ -291,6 +291,28 @@ def test_all_at_once(cluster, tiny_settings, workplace, shared, monkeypatch, cap
             assert len(results) == 1, (task, step, results)
 
 
+def test_a_sweep_is_a_job_per_run_and_one_for_the_report(cluster, tiny_recipe, monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    command = ["sweep", "--config", str(tiny_recipe), "--values", "standard,bov", "--slurm"]
+    command += ["--setup", "export MASTER_ADDR=127.0.0.1"]
+    assert main(command) == 0
+    assert capsys.readouterr().out.count("Submitted batch job") == 3
+
+    # At once again: nothing is submitted twice.
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert said.count("is queued already") == 3
+    assert "Submitted" not in said
+
+    report = Path("runs/tiny-report.html")
+    wait_until(report.is_file, "the report")
+    for value in ("standard", "bov"):
+        run = Path("runs") / f"tiny-{value}-seed0"
+        assert step_of(complete_checkpoints(run)[-1]) == 8
+        assert run.name in report.read_text()
+    wait_until(lambda: "tiny" not in cluster.run("squeue", "--noheader", "--format=%j"), "the end")
+
+
 def test_python_without_srun_is_refused_at_once(cluster, long_recipe, workplace, monkeypatch):
     """In the batch script itself, where the processes would wait for each other for ever."""
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
