@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from bov_lightning.budget import accumulation
 from bov_lightning.checkpoint import complete_checkpoints, step_of
 from bov_lightning.errors import UserError
 from bov_lightning.files import write_file
@@ -117,7 +118,10 @@ class Row:
         return any((self.run / "eval" / f"step-{self.n_step:08d}").glob("results*.json"))
 
     def check(self) -> None:
-        """Refuses a directory of this name that holds another run."""
+        """Refuses what `bov fit` would, before anything trains: a batch that does not divide, a
+        directory of this name that holds another run."""
+        batch = self.recipe.batch
+        accumulation(batch.tokens, batch.micro, self.recipe.model.config.sequence_len, 1)
         if not (self.run / "config.yaml").is_file():
             return
         stored = read_yaml(self.run / "config.yaml")
@@ -226,7 +230,8 @@ def run_here(rows: list[Row], n_job: int) -> None:
                     screen.say(f"{row.run.name}: {row.progress()}")
                 elif not received:
                     failed.append(row)
-                    screen.say(f"{row.run.name} failed with exit code {process.returncode}")
+                    said = (row.run / LOG).read_text(errors="replace").splitlines()[-1:]
+                    screen.say(f"{row.run.name} failed: {(said or [process.returncode])[0]}")
             if received:
                 number, code = STOP_SIGNALS[received[0]]
                 for row, process in training.values():
