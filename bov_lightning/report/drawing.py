@@ -13,12 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from bov_lightning.report.content import Plot, Series, thinned
+from bov_lightning.report.palette import COLOURS, colour, dashes
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b5529b", "#2f8fc9", "#b97a00", "#5f5f5f")
-"""Told apart by the colour-blind (after Okabe and Ito, darkened for white); the page has others
-for dark backgrounds."""
-DASHES = ("", "5 2", "1.5 1.5", "6 2 1.5 2")
-N_STYLE = len(COLOURS) * len(DASHES)
 INK, FAINT = "#111111", "#c4c4c4"
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 NAMES = {
@@ -33,16 +29,6 @@ STYLE = {
     "grid.linewidth": 0.5, "legend.frameon": False, "lines.linewidth": 1.5,
     "path.simplify": True,
 }  # fmt: skip
-
-
-def dashes(index: int) -> str:
-    """The dashes of a row, as SVG's stroke-dasharray; empty: a solid line."""
-    return DASHES[index // len(COLOURS) % len(DASHES)]
-
-
-def colour(index: int) -> int:
-    """The number of a row's colour."""
-    return index % len(COLOURS)
 
 
 def _line_style(index: int, dashed: bool = False) -> tuple[int, tuple[float, ...] | None]:

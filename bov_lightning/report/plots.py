@@ -37,7 +37,8 @@ def _x_of(run: Run, name: str) -> np.ndarray:
 
 def _curve(group: Group, slug: str, title: str, x_name: str, y_name: str) -> Plot | None:
     """One line per run; None where no run has two points."""
-    series, without = [], []
+    series: list[Series] = []
+    without: dict[str, list[str]] = {}
     for row in group.rows:
         for run in row.runs:
             x, y = _x_of(run, x_name), run.metrics[y_name]
@@ -45,7 +46,8 @@ def _curve(group: Group, slug: str, title: str, x_name: str, y_name: str) -> Plo
             if there.any():
                 series.append(Series(run.name, row.index, x[there], y[there]))
             else:
-                without.append(run.name)
+                missing = x_name if np.isfinite(y).any() else y_name
+                without.setdefault(missing, []).append(run.name)
     if not any(len(s.x) > 1 for s in series):
         return None
     limit = None if y_name == "tokens_per_s" else _frame(series)
@@ -53,9 +55,8 @@ def _curve(group: Group, slug: str, title: str, x_name: str, y_name: str) -> Plo
     text = ["Drawn as a running mean; the data is as measured."] if smooth else []
     if limit is not None:
         text.append("The frame leaves out the start of the curves; the data has it.")
-    if without:
-        missing = x_name if x_name == "train_seconds" else y_name
-        text.append(f"Not shown, for want of {missing}: {', '.join(without)}.")
+    for missing, names in without.items():
+        text.append(f"Not shown, for want of {missing}: {', '.join(names)}.")
     longest = max(float(s.x.max()) for s in series)
     scale = _time_scale(longest) if x_name == "train_seconds" else (1.0, "")
     ends = [float(s.y[-1]) for s in series]
@@ -93,7 +94,7 @@ def _time_scale(seconds: float) -> tuple[float, str]:
 def rankings(group: Group, mark: str, number: Callable[[Run], float]) -> list[Plot]:
     """Final bits per byte of all rows, and of Bank of Values and its variants (figure 5b)."""
     rows = [row for row in group.finished if row.mean(number)]
-    banks = [row for row in rows if row.first.value.get("source") == "bank"]
+    banks = [row for row in rows if _is_bank(row)]
     made = []
     if len(rows) > 1:
         made.append(_ranking(group, f"val_bpb_ranking{mark}", "Final bits per byte", rows, number))
@@ -101,6 +102,11 @@ def rankings(group: Group, mark: str, number: Callable[[Run], float]) -> list[Pl
         title = "Bank of Values, one component changed"
         made.append(_ranking(group, f"ablation{mark}", title, banks, number))
     return made
+
+
+def _is_bank(row: Row) -> bool:
+    value = row.first.value
+    return value.get("source") == "bank" and value.get("coefficient") != "gate"
 
 
 def _ranking(

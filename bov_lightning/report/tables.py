@@ -7,7 +7,7 @@ import numpy as np
 from bov_lightning.report import benchmarks, plots
 from bov_lightning.report.comparison import Group, Row
 from bov_lightning.report.content import Cell, Column, Report, Section, Table
-from bov_lightning.report.drawing import N_STYLE
+from bov_lightning.report.palette import N_STYLE
 from bov_lightning.report.published import published, published_bpb
 from bov_lightning.report.reading import Run, Unusable
 
@@ -115,7 +115,7 @@ def _results(group: Group, mark: str) -> Table:
         *([Column("paper val bpb", ".3f"), Column("paper difference", "+.3f")] * with_paper),
         Column("steps", ",d"),
         Column("tokens", ",d"),
-        Column("FLOPs", ".3g"),
+        Column("FLOPs", ".2e"),
     ]
     lines: list[list[Cell]] = []
     for row in rows:
@@ -174,23 +174,24 @@ def _median(name: str) -> Callable[[Run], float]:
 def _cost(group: Group, mark: str) -> Table:
     columns = [
         Column("values"),
-        Column("device-hours", ".3g", estimates=True),
-        Column("hours", ".3g", estimates=True),
-        Column("tokens per second", ",.0f", estimates=True),
-        Column("MFU", ".1%", estimates=True),
+        Column("device-hours", ".3g"),
+        Column("hours", ".3g"),
+        Column("tokens per second", ",.0f"),
+        Column("MFU", ".1%"),
     ]
-    lines = [
-        [
-            row.label,
-            row.mean(lambda run: run.device_hours),
-            row.mean(lambda run: run.train_seconds / 3600),
-            row.mean(_median("tokens_per_s")),
-            row.mean(_median("mfu")),
-        ]
-        for row in group.finished
-    ]
+    numbers = (
+        lambda run: run.device_hours,
+        lambda run: run.train_seconds / 3600,
+        _median("tokens_per_s"),
+        _median("mfu"),
+    )
+    lines: list[list[Cell]] = []
+    for row in group.finished:
+        means = [row.mean(number) for number in numbers]
+        lines.append([row.label, *(mean and mean.value for mean in means)])
     note = (
-        "Hours of training, without validation and saving; medians of throughput within a run. "
+        "Means over seeds: hours of training, without validation and saving; the median of a run's "
+        "throughput. "
         "Runs that shared a machine say little about speed."
     )
     return Table(f"cost{mark}", "Cost of one run", columns, lines, note)
@@ -205,7 +206,7 @@ def _runs(groups: list[Group]) -> Table:
         Column("planned", ",d"),
         Column("val bpb", ".4f"),
         Column("tokens", ",d"),
-        Column("FLOPs", ".3g"),
+        Column("FLOPs", ".2e"),
         Column("device-hours", ".3g"),
         Column("tokens per second", ",.0f"),
         Column("devices"),
