@@ -19,8 +19,8 @@ INK, FAINT = "#111111", "#c4c4c4"
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 NAMES = {
     "tokens": "tokens", "FLOPs": "FLOPs", "val_bpb": "val bpb", "train_loss": "training loss",
-    "tokens_per_s": "tokens per second", "layer": "layer", "coefficient": "coefficient",
-    "cached_tokens": "cached tokens", "saved_MiB": "saved, MiB",
+    "tokens_per_s": "tokens per second", "difference": "difference in val bpb", "layer": "layer",
+    "coefficient": "coefficient", "cached_tokens": "cached tokens", "saved_MiB": "saved, MiB",
 }  # fmt: skip
 STYLE = {
     "svg.fonttype": "none", "text.parse_math": False, "font.size": 10, "axes.edgecolor": INK,
@@ -128,6 +128,8 @@ def _draw_ranking(axes: Axes, plot: Plot) -> None:
 
     for series in plot.series:
         draw(series)
+    if plot.zero_line:
+        axes.axvline(0, color=INK, linewidth=0.8)
     labels = [_shortened(series.label) for series in plot.series]
     axes.set_yticks([float(series.y[0]) for series in plot.series], labels)
     axes.invert_yaxis()

@@ -110,17 +110,12 @@ def _table(table: Table) -> list[str]:
 
     return [
         line([column.name for column in table.columns]),
-        line_of_rules(table),
+        f"| {' | '.join('---:' if column.spec else '---' for column in table.columns)} |",
         *(
             line([shown(cell, column) for cell, column in zip(row, table.columns, strict=True)])
             for row in table.rows
         ),
     ]
-
-
-def line_of_rules(table: Table) -> str:
-    """Numbers to the right."""
-    return f"| {' | '.join('---:' if column.spec else '---' for column in table.columns)} |"
 
 
 def _escaped(text: str) -> str:

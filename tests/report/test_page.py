@@ -46,7 +46,7 @@ def test_all_formats_hold_the_same_tables_and_plots(runs, tmp_path, capsys):
     for picture in (out / "png").iterdir():
         assert picture.read_bytes().startswith(b"\x89PNG")
     text = (out / "report.md").read_text()
-    assert "| empty | unusable | config.yaml is missing |" in text
+    assert "| empty | unusable: config.yaml is missing |" in text
     assert text.count("\n### ") == len(re.findall("<table ", page))
     # Files of an earlier report are replaced, others are left alone.
     (out / "csv" / "mine.txt").write_text("kept")
@@ -122,7 +122,7 @@ def test_mistakes_are_one_line(workplace, capsys, arguments, word):
 def test_a_folder_without_runs_is_listed(workplace):
     (workplace / "nothing").mkdir()
     write_report([workplace / "nothing"], workplace / "r.md", "md")
-    assert "| nothing | unusable | the directory is empty |" in (workplace / "r.md").read_text()
+    assert "| nothing | unusable: the directory is empty |" in (workplace / "r.md").read_text()
 
 
 @pytest.mark.slow

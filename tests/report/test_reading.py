@@ -63,7 +63,7 @@ def test_damaged_runs_are_listed_with_the_reason(tmp_path, kind):
     assert reason in bad.reason
     assert "\n" not in bad.reason
     write_report([tmp_path / "damaged", tmp_path / "whole"], tmp_path / "r.md", "md")
-    assert "| damaged | unusable |" in (tmp_path / "r.md").read_text()
+    assert "| damaged | unusable: " in (tmp_path / "r.md").read_text()
 
 
 @settings(
