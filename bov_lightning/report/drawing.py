@@ -165,6 +165,9 @@ def _themed(text: str, plot: Plot) -> str:
             elif name in ("style", "fill", "stroke"):
                 value = pattern.sub(lambda found: variables[found[0]], value)
                 attributes[name] = re.sub(r"font: ?([\d.]+px)[^;]*", r"font-size: \1", value)
+            elif name == "d":
+                # A hundredth of a point cannot be seen.
+                attributes[name] = re.sub(r"(\.\d\d)\d+", r"\1", value)
             elif value.startswith("url(#"):
                 attributes[name] = f"url(#{plot.slug}-{value.removeprefix('url(#')}"
     for name in ("width", "height"):
