@@ -70,6 +70,17 @@ def test_names_are_text_and_never_markup(tmp_path):
     assert "<script>" not in (tmp_path / "r.md").read_text().replace("\\<script\\>", "")
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("end", [1e308, -1e308, 1e-320, 0.0, float("inf")])
+def test_numbers_that_no_run_has_end_no_report(tmp_path, end):
+    write_run(tmp_path / "runs" / "a", bpb=[2.0, end])
+    write_run(tmp_path / "runs" / "b", bpb=[end, end], seed=1)
+    write_run(tmp_path / "runs" / "c", "standard", bpb=[end, 1.0])
+    for name in ("html", "csv"):
+        write_report([tmp_path / "runs"], tmp_path / f"out.{name}", name)
+
+
 def test_cells_are_read_back_from_their_file(tmp_path):
     columns = [Column("a"), Column("b", ".2f", estimates=True), Column("c", ",d")]
     rows = [['x, "y"\n|', Estimate(1 / 3, 0.25, 0.5), 1234567], ["z", None, None]]

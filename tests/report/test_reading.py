@@ -44,6 +44,8 @@ DAMAGE = {
     "half facts": (lambda run: (run / "run.json").write_text('{"data": {'), "run.json is no JSON"),
     "a list": (lambda run: (run / "run.json").write_text("[]"), "no JSON object"),
     "a text": (lambda run: edit_facts(run / "run.json", iterations="4"), "iterations is '4'"),
+    "an abyss": (lambda run: edit_facts(run / "run.json", iterations=10**400), "not a count"),
+    "a sea": (lambda run: edit(run / "metrics.csv", ",2048,", ",1e300,"), "tokens is no count"),
     "no params": (lambda run: edit_facts(run / "run.json", params=None), "lacks params"),
     "no config": (lambda run: (run / "config.yaml").unlink(), "config.yaml is missing"),
     "half config": (lambda run: edit(run / "config.yaml", "model:", "model: ["), "config.yaml"),
