@@ -132,7 +132,7 @@ def _draw_ranking(axes: Axes, plot: Plot) -> None:
         axes.axvline(0, color=INK, linewidth=0.8)
     labels = [_shortened(series.label) for series in plot.series]
     axes.set_yticks([float(series.y[0]) for series in plot.series], labels)
-    axes.invert_yaxis()
+    axes.set_ylim(len(labels) + 0.6, 0.4)
     axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set(xlabel=NAMES[plot.x_name])
