@@ -5,6 +5,7 @@
     comparison  which runs share an axis, and which are one row but for their seed
     content     tables and plots as data: every format shows the same numbers
     tables, plots  what is in them
+    palette     colours and dashes of rows
     drawing     plots as SVG that follows the page's theme, and as PNG
     page        HTML, Markdown, CSV and PNG files
 

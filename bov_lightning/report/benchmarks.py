@@ -1,5 +1,6 @@
 """Benchmarks by category and task, from the results that evaluations left in the runs."""
 
+from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -193,7 +194,12 @@ def _how_evaluated(rows: list[Row]) -> list[str]:
     return lines
 
 
-def _by_task(rows: list[Row], categories: dict[str, list[str]], score, mark: str) -> Table:
+def _by_task(
+    rows: list[Row],
+    categories: dict[str, list[str]],
+    score: Callable[[Row, str], float | None],
+    mark: str,
+) -> Table:
     paper = [
         row
         for row in rows

@@ -165,12 +165,12 @@ def _labels(runs: list[Run]) -> list[str]:
     labels = []
     for run, name, recipe in zip(runs, names, recipes, strict=True):
         others = [r for n, r in zip(names, recipes, strict=True) if n == name and r is not recipe]
-        keys = dict.fromkeys(
+        known = dict.fromkeys(key for each in (recipe, *others) for key in each)
+        keys = [
             key
-            for other in others
-            for key in (*recipe, *other)
-            if recipe.get(key) != other.get(key) and not key.startswith(VALUE)
-        )
+            for key in known
+            if not key.startswith(VALUE) and any(recipe.get(key) != r.get(key) for r in others)
+        ]
         if len(keys) > 3:
             labels.append(f"{name} ({run.name})")
             continue

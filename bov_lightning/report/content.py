@@ -24,6 +24,11 @@ class Column:
     estimates: bool = False
     """Whether cells are `Estimate`; files then hold two more columns, with the interval."""
 
+    @property
+    def key(self) -> str:
+        """The column's name in files: val_bpb."""
+        return self.name.replace(" ", "_").replace("-", "_")
+
 
 @dataclass(frozen=True)
 class Table:
@@ -138,9 +143,9 @@ def table_csv(table: Table) -> str:
     """The table as a file."""
     header: list[str] = []
     for column in table.columns:
-        header.append(column.name)
+        header.append(column.key)
         if column.estimates:
-            header += [f"{column.name} low", f"{column.name} high"]
+            header += [f"{column.key}_low", f"{column.key}_high"]
     lines = []
     for row in table.rows:
         line: list[str] = []

@@ -13,18 +13,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from bov_lightning.report.content import Plot, Series, thinned
+from bov_lightning.report.palette import COLOURS, colour, dashes
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b5529b", "#2f8fc9", "#b97a00", "#5f5f5f")
-"""Told apart by the colour-blind (after Okabe and Ito, darkened for white); the page has others
-for dark backgrounds."""
-DASHES = ("", "5 2", "1.5 1.5", "6 2 1.5 2")
-N_STYLE = len(COLOURS) * len(DASHES)
 INK, FAINT = "#111111", "#c4c4c4"
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 NAMES = {
     "tokens": "tokens", "FLOPs": "FLOPs", "val_bpb": "val bpb", "train_loss": "training loss",
-    "tokens_per_s": "tokens per second", "layer": "layer", "coefficient": "coefficient",
-    "cached_tokens": "cached tokens", "saved_MiB": "saved, MiB",
+    "tokens_per_s": "tokens per second", "difference": "difference in val bpb", "layer": "layer",
+    "coefficient": "coefficient", "cached_tokens": "cached tokens", "saved_MiB": "saved, MiB",
 }  # fmt: skip
 STYLE = {
     "svg.fonttype": "none", "text.parse_math": False, "font.size": 10, "axes.edgecolor": INK,
@@ -33,16 +29,6 @@ STYLE = {
     "grid.linewidth": 0.5, "legend.frameon": False, "lines.linewidth": 1.5,
     "path.simplify": True,
 }  # fmt: skip
-
-
-def dashes(index: int) -> str:
-    """The dashes of a row, as SVG's stroke-dasharray; empty: a solid line."""
-    return DASHES[index // len(COLOURS) % len(DASHES)]
-
-
-def colour(index: int) -> int:
-    """The number of a row's colour."""
-    return index % len(COLOURS)
 
 
 def _line_style(index: int, dashed: bool = False) -> tuple[int, tuple[float, ...] | None]:
@@ -142,9 +128,11 @@ def _draw_ranking(axes: Axes, plot: Plot) -> None:
 
     for series in plot.series:
         draw(series)
+    if plot.zero_line:
+        axes.axvline(0, color=INK, linewidth=0.8)
     labels = [_shortened(series.label) for series in plot.series]
     axes.set_yticks([float(series.y[0]) for series in plot.series], labels)
-    axes.invert_yaxis()
+    axes.set_ylim(len(labels) + 0.6, 0.4)
     axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set(xlabel=NAMES[plot.x_name])
@@ -177,6 +165,9 @@ def _themed(text: str, plot: Plot) -> str:
             elif name in ("style", "fill", "stroke"):
                 value = pattern.sub(lambda found: variables[found[0]], value)
                 attributes[name] = re.sub(r"font: ?([\d.]+px)[^;]*", r"font-size: \1", value)
+            elif name == "d":
+                # A hundredth of a point cannot be seen.
+                attributes[name] = re.sub(r"(\.\d\d)\d+", r"\1", value)
             elif value.startswith("url(#"):
                 attributes[name] = f"url(#{plot.slug}-{value.removeprefix('url(#')}"
     for name in ("width", "height"):

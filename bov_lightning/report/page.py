@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from bov_lightning import __version__
 from bov_lightning.files import write_file
-from bov_lightning.report import drawing
+from bov_lightning.report import palette
 from bov_lightning.report.content import (
     Plot,
     Report,
@@ -46,8 +46,8 @@ def html(report: Report) -> str:
         sort_key=sort_key,
         csv_of=lambda table: _data_uri("text/csv;charset=utf-8", table_csv(table)),
         drawn=_drawn,
-        dashes=drawing.dashes,
-        colour=drawing.colour,
+        dashes=palette.dashes,
+        colour=palette.colour,
     )
 
 
@@ -73,6 +73,8 @@ def _blocks(section: Section) -> list[Table | list[Plot]]:
 
 def _drawn(plot: Plot) -> dict[str, str | bool | Markup]:
     """A plot's picture and files."""
+    from bov_lightning.report import drawing
+
     points = thinned(plot)
     picture = base64.b64encode(drawing.png(plot)).decode()
     return {
@@ -108,17 +110,12 @@ def _table(table: Table) -> list[str]:
 
     return [
         line([column.name for column in table.columns]),
-        line_of_rules(table),
+        f"| {' | '.join('---:' if column.spec else '---' for column in table.columns)} |",
         *(
             line([shown(cell, column) for cell, column in zip(row, table.columns, strict=True)])
             for row in table.rows
         ),
     ]
-
-
-def line_of_rules(table: Table) -> str:
-    """Numbers to the right."""
-    return f"| {' | '.join('---:' if column.spec else '---' for column in table.columns)} |"
 
 
 def _escaped(text: str) -> str:
@@ -142,6 +139,8 @@ def _write_csv(report: Report, output: Path) -> None:
 
 
 def _write_png(report: Report, output: Path) -> None:
+    from bov_lightning.report import drawing
+
     for plot in report.plots:
         picture = drawing.png(plot)
         write_file(output / f"{plot.slug}.png", lambda file, picture=picture: file.write(picture))

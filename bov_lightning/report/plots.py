@@ -11,7 +11,7 @@ from bov_lightning.report.reading import Run
 
 ELEMENT_BYTES = 2
 """Tables and cache in bf16."""
-SETTLED = 0.25
+SETTLED = 0.3
 """Curves are framed by what they show after this part of a run."""
 
 
@@ -37,7 +37,8 @@ def _x_of(run: Run, name: str) -> np.ndarray:
 
 def _curve(group: Group, slug: str, title: str, x_name: str, y_name: str) -> Plot | None:
     """One line per run; None where no run has two points."""
-    series, without = [], []
+    series: list[Series] = []
+    without: dict[str, list[str]] = {}
     for row in group.rows:
         for run in row.runs:
             x, y = _x_of(run, x_name), run.metrics[y_name]
@@ -45,7 +46,8 @@ def _curve(group: Group, slug: str, title: str, x_name: str, y_name: str) -> Plo
             if there.any():
                 series.append(Series(run.name, row.index, x[there], y[there]))
             else:
-                without.append(run.name)
+                missing = x_name if np.isfinite(y).any() else y_name
+                without.setdefault(missing, []).append(run.name)
     if not any(len(s.x) > 1 for s in series):
         return None
     limit = None if y_name == "tokens_per_s" else _frame(series)
@@ -53,9 +55,8 @@ def _curve(group: Group, slug: str, title: str, x_name: str, y_name: str) -> Plo
     text = ["Drawn as a running mean; the data is as measured."] if smooth else []
     if limit is not None:
         text.append("The frame leaves out the start of the curves; the data has it.")
-    if without:
-        missing = x_name if x_name == "train_seconds" else y_name
-        text.append(f"Not shown, for want of {missing}: {', '.join(without)}.")
+    for missing, names in without.items():
+        text.append(f"Not shown, for want of {missing}: {', '.join(names)}.")
     longest = max(float(s.x.max()) for s in series)
     scale = _time_scale(longest) if x_name == "train_seconds" else (1.0, "")
     ends = [float(s.y[-1]) for s in series]
@@ -91,31 +92,50 @@ def _time_scale(seconds: float) -> tuple[float, str]:
 
 
 def rankings(group: Group, mark: str, number: Callable[[Run], float]) -> list[Plot]:
-    """Final bits per byte of all rows, and of Bank of Values and its variants (figure 5b)."""
-    rows = [row for row in group.finished if row.mean(number)]
-    banks = [row for row in rows if row.first.value.get("source") == "bank"]
-    made = []
-    if len(rows) > 1:
-        made.append(_ranking(group, f"val_bpb_ranking{mark}", "Final bits per byte", rows, number))
-    if 1 < len(banks) < len(rows) and any(row.value_name == "bov" for row in banks):
-        title = "Bank of Values, one component changed"
-        made.append(_ranking(group, f"ablation{mark}", title, banks, number))
+    """Final numbers of all rows, their differences to the baseline, and those of Bank of Values'
+    variants to it (figure 5b)."""
+    base, rows = group.baseline, group.finished
+    if len(rows) < 2:
+        return []
+    made = [
+        _ranking(f"val_bpb_ranking{mark}", "Final bits per byte", "val_bpb", rows, None, number)
+    ]
+    if base in rows:
+        title = f"Difference to {base.label}"
+        slug = f"val_bpb_difference{mark}"
+        made.append(_ranking(slug, title, "difference", rows, base, number))
+    banks = [row for row in rows if _is_bank(row)]
+    bov = next((row for row in banks if row.value_name == "bov"), None)
+    if bov is not None and len(banks) > 1:
+        title = f"Variants of {bov.label}: difference to it"
+        made.append(_ranking(f"ablation{mark}", title, "difference", banks, bov, number))
     return made
 
 
+def _is_bank(row: Row) -> bool:
+    value = row.first.value
+    return value.get("source") == "bank" and value.get("coefficient") != "gate"
+
+
 def _ranking(
-    group: Group, slug: str, title: str, rows: list[Row], number: Callable[[Run], float]
-) -> Plot:
-    found = sorted(((row.mean(number), row) for row in rows), key=lambda pair: pair[0].value)
+    slug: str, title: str, x_name: str, rows: list[Row], base: Row | None,
+    number: Callable[[Run], float],
+) -> Plot:  # fmt: skip
+    """Rows by their number, or by its difference to that of ``base``."""
+    others = [row for row in rows if row is not base]
+    found = [(row.mean(number) if base is None else row.minus(base, number), row) for row in others]
+    found.sort(key=lambda pair: pair[0].value)
     series = [
         Series(row.label, row.index, np.array([e.value]), np.array([float(rank)]), e.low, e.high)
         for rank, (e, row) in enumerate(found, start=1)
     ]
-    alt = f"{title}, from {found[0][0].value:.4f} ({found[0][1].label}) to " \
-          f"{found[-1][0].value:.4f} ({found[-1][1].label})."  # fmt: skip
+    ends = [f"{e.value:.4f} ({row.label})" for e, row in (found[0], found[-1])]
+    note = "Bars are 95% intervals over seeds; a row of one seed has none."
+    if base is not None:
+        note = "Bars are 95% intervals, paired over common seeds; one such seed gives none."
     return Plot(
-        slug, title, alt, "val_bpb", "rank", series, "ranking", _legend(group),
-        note="Bars are 95% intervals over seeds; a row of one seed has none.",
+        slug, title, f"{title}, from {ends[0]} to {ends[1]}.", x_name, "rank", series, "ranking",
+        note=note, zero_line=base is not None,
     )  # fmt: skip
 
 

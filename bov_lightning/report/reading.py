@@ -24,6 +24,8 @@ from evaluation.results import EVAL, read_results
 
 FACTS, METRICS = "run.json", "metrics.csv"
 COLUMNS = ("tokens", "train_loss", "val_bpb", "train_seconds", "tokens_per_s", "mfu")
+COUNT_LIMIT = 2**62
+"""What counts steps, tokens or FLOPs per token is below; products of two are finite."""
 MAX_KEYS = 10_000
 """Keys of a recipe, aliases followed: more is an attack, or no recipe."""
 
@@ -170,8 +172,8 @@ def read_runs(paths: list[Path]) -> tuple[list[Run], list[Unusable]]:
     for folder in folders:
         try:
             usable.append(read_run(folder, names[folder]))
-        except UserError as error:
-            unusable.append(Unusable(names[folder], str(error)))
+        except (UserError, OSError) as error:
+            unusable.append(Unusable(names[folder], printable(one_line(error))))
     return usable, unusable
 
 
@@ -212,7 +214,7 @@ def read_run(path: Path, name: str) -> Run:
     settings = _read_settings(path / CONFIG)
     facts = _read_facts(path / FACTS)
     batch = settings.get("batch.tokens")
-    if not isinstance(batch, int):
+    if not _is_count(batch):
         raise UserError(f"{CONFIG}: batch.tokens is {batch!r}, not a count")
     metrics, notes = read_metrics(path / METRICS, batch)
     return Run(path, name, settings, facts, metrics, notes)
@@ -280,10 +282,14 @@ def _read_facts(path: Path) -> dict[str, Any]:
     numbers += [(facts["cache"], name) for name in ("bytes_per_token", "bytes_per_token_standard")]
     for mapping, name in numbers:
         value = mapping.get(name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise UserError(f"{path.name}: {name} is {value!r}, not a count")
+        if not _is_count(value):
+            raise UserError(f"{path.name}: {name} is {one_line(value)[:40]!r}, not a count")
     facts["data"] = {str(name): printable(str(value)) for name, value in facts["data"].items()}
     return facts
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < COUNT_LIMIT
 
 
 def read_metrics(path: Path, batch_tokens: int) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -325,6 +331,9 @@ def read_metrics(path: Path, batch_tokens: int) -> tuple[dict[str, np.ndarray], 
         )
     unknown = ~np.isfinite(metrics["tokens"])
     metrics["tokens"][unknown] = batch_tokens * metrics["step"][unknown]
+    for name in ("step", "tokens"):
+        if not ((metrics[name] >= 0) & (metrics[name] < COUNT_LIMIT)).all():
+            raise UserError(f"{path.name}: {name} is no count in every row")
     return metrics, notes
 
 

@@ -7,11 +7,14 @@ import numpy as np
 from bov_lightning.report import benchmarks, plots
 from bov_lightning.report.comparison import Group, Row
 from bov_lightning.report.content import Cell, Column, Report, Section, Table
-from bov_lightning.report.drawing import N_STYLE
+from bov_lightning.report.palette import N_STYLE
 from bov_lightning.report.published import published, published_bpb
 from bov_lightning.report.reading import Run, Unusable
 
-LEVEL_NOTE = "Mean over seeds, with the 95% interval of the t distribution in brackets. "
+LEVEL_NOTE = (
+    "Mean over seeds, with the 95% interval of the t distribution in brackets: each for one "
+    "comparison, so that among many rows some are clear of zero by chance. "
+)
 PAIRED_NOTE = (
     "Differences are paired over the seeds that both rows have, since runs of one seed share "
     "initial weights and the order of the data; where there is only one such seed, they have no "
@@ -30,7 +33,7 @@ def make_report(groups: list[Group], unusable: list[Unusable]) -> Report:
     for number, group in enumerate(groups, start=1):
         mark = f"-{number}" if len(groups) > 1 else ""
         title = f"Group {number}: " if mark else ""
-        sections += _group_sections(group, mark, title)
+        sections.append(_group_section(group, mark, f"{title}Results"))
     runs = [run for group in groups for run in group.runs]
     n_row = sum(len(group.rows) for group in groups)
     n_unfinished = sum(run.unfinished is not None for run in runs)
@@ -72,15 +75,16 @@ def _finding(group: Group, start: str) -> list[str]:
 
 
 def _left_out(runs: list[Run], unusable: list[Unusable]) -> Table | None:
-    rows = [[bad.name, "unusable", bad.reason] for bad in unusable]
-    rows += [[run.name, "not in the tables", run.unfinished] for run in runs if run.unfinished]
-    rows += [[run.name, "in the tables", note] for run in runs for note in run.notes]
-    columns = [Column("run"), Column("state"), Column("reason")]
+    rows = [[bad.name, f"unusable: {bad.reason}"] for bad in unusable]
+    rows += [[run.name, f"no result: {run.unfinished}"] for run in runs if run.unfinished]
+    rows += [[run.name, note] for run in runs for note in run.notes]
+    columns = [Column("run"), Column("problem")]
     note = "Curves show unfinished runs as far as they went."
     return Table("left_out", "Runs with a problem", columns, rows, note) if rows else None
 
 
-def _group_sections(group: Group, mark: str, title: str) -> list[Section]:
+def _group_section(group: Group, mark: str, title: str) -> Section:
+    """Everything about runs that can be compared."""
     legend = {row.index: row.label for row in group.rows}
     measured = ", ".join(f"{name} {value}" for name, value in group.data.items())
     text = [f"Measured with {measured}."]
@@ -95,9 +99,7 @@ def _group_sections(group: Group, mark: str, title: str) -> list[Section]:
         *plots.cache_saved(group, mark),
     ]
     cost = [_parameters(group, mark), *([_cost(group, mark)] if group.finished else [])]
-    return [
-        Section(f"{title}Results", text, [*results, *curves, *details, *cost], legend),
-    ]
+    return Section(title, text, [*results, *curves, *details, *cost], legend)
 
 
 def _bpb(run: Run) -> float:
@@ -115,7 +117,7 @@ def _results(group: Group, mark: str) -> Table:
         *([Column("paper val bpb", ".3f"), Column("paper difference", "+.3f")] * with_paper),
         Column("steps", ",d"),
         Column("tokens", ",d"),
-        Column("FLOPs", ".3g"),
+        Column("FLOPs", ".2e"),
     ]
     lines: list[list[Cell]] = []
     for row in rows:
@@ -174,23 +176,24 @@ def _median(name: str) -> Callable[[Run], float]:
 def _cost(group: Group, mark: str) -> Table:
     columns = [
         Column("values"),
-        Column("device-hours", ".3g", estimates=True),
-        Column("hours", ".3g", estimates=True),
-        Column("tokens per second", ",.0f", estimates=True),
-        Column("MFU", ".1%", estimates=True),
+        Column("device-hours", ".3g"),
+        Column("hours", ".3g"),
+        Column("tokens per second", ",.0f"),
+        Column("MFU", ".1%"),
     ]
-    lines = [
-        [
-            row.label,
-            row.mean(lambda run: run.device_hours),
-            row.mean(lambda run: run.train_seconds / 3600),
-            row.mean(_median("tokens_per_s")),
-            row.mean(_median("mfu")),
-        ]
-        for row in group.finished
-    ]
+    numbers = (
+        lambda run: run.device_hours,
+        lambda run: run.train_seconds / 3600,
+        _median("tokens_per_s"),
+        _median("mfu"),
+    )
+    lines: list[list[Cell]] = []
+    for row in group.finished:
+        means = [row.mean(number) for number in numbers]
+        lines.append([row.label, *(mean and mean.value for mean in means)])
     note = (
-        "Hours of training, without validation and saving; medians of throughput within a run. "
+        "Means over seeds: hours of training, without validation and saving; the median of a run's "
+        "throughput. "
         "Runs that shared a machine say little about speed."
     )
     return Table(f"cost{mark}", "Cost of one run", columns, lines, note)
@@ -205,7 +208,7 @@ def _runs(groups: list[Group]) -> Table:
         Column("planned", ",d"),
         Column("val bpb", ".4f"),
         Column("tokens", ",d"),
-        Column("FLOPs", ".3g"),
+        Column("FLOPs", ".2e"),
         Column("device-hours", ".3g"),
         Column("tokens per second", ",.0f"),
         Column("devices"),
