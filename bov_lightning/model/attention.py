@@ -48,8 +48,11 @@ def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     ``cos`` and ``sin`` are (T, D/2), or (B, T, D/2) where rows stand at different positions.
     """
     x1, x2 = x_BTHD.chunk(2, dim=-1)
-    cos, sin = (a.unsqueeze(-2).to(x_BTHD.dtype) for a in (cos, sin))
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+    cos, sin = (
+        torch.cat(halves, dim=-1).unsqueeze(-2).to(x_BTHD.dtype)
+        for halves in ((cos, cos), (sin, -sin))
+    )
+    return torch.addcmul(x_BTHD * cos, torch.cat((x2, x1), dim=-1), sin)
 
 
 Mask = Union[Tensor, "BlockMask", int, None]

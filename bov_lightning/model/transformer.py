@@ -15,7 +15,7 @@ from bov_lightning.model.attention import (
 )
 from bov_lightning.model.cache import Cache
 from bov_lightning.model.config import TransformerConfig
-from bov_lightning.model.layers import Initialiser, Linear, rms_norm
+from bov_lightning.model.layers import Initialiser, Linear, rms_norm, squared_relu
 from bov_lightning.model.loss import softcap, softcapped_cross_entropy
 from bov_lightning.model.values import LayerValues, ValueInputs, build_layer_values
 
@@ -57,7 +57,7 @@ class MLP(nn.Module):
         self.output = Linear(4 * d_model, d_model)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        return self.output(F.relu(self.input(x_BTC)).square())
+        return self.output(squared_relu(self.input(x_BTC)))
 
 
 class Block(nn.Module):
