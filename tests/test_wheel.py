@@ -55,3 +55,5 @@ def test_installed_wheel_trains_a_packaged_recipe(tmp_path, tiny_settings):
     )  # fmt: skip
     assert "val_bpb" in out
     assert (work / "runs" / "quickstart-standard-small" / "config.yaml").is_file()
+    assert "1 run in 1 row" in run(*bov, "report", "runs")
+    assert "<td" in (work / "report.html").read_text()
