@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -25,8 +26,10 @@ FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking")
 @pytest.fixture(scope="module")
 def browser():
     require(CHROMIUM is not None, "browser", "needs chromium (apt-get install chromium)")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as driver:
+    require(find_spec("playwright") is not None, "browser", "needs playwright (pip install)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
         found = driver.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
         yield found
         found.close()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import REPOSITORY
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from report_material import SHAPE, VALUES, read_csv, value_section, write_evaluation, write_run
 
@@ -207,7 +207,7 @@ def test_a_baseline_without_a_result_leaves_differences_out(tmp_path):
     assert not (out / "val_bpb_difference.csv").exists()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(1, 400), st.integers(1, 6), st.integers(0, 2**32 - 1))
 def test_thinned_lines_keep_measured_points_ends_and_peaks(n, n_line, seed):
     random = np.random.default_rng(seed)

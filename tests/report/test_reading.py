@@ -69,7 +69,9 @@ def test_damaged_runs_are_listed_with_the_reason(tmp_path, kind):
 
 
 @settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25
+    deadline=None,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.sampled_from(["config.yaml", "run.json", "metrics.csv"]), st.floats(0, 1), st.binary())
 def test_files_cut_anywhere_never_end_the_report(tmp_path, name, share, tail):

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 from bov_lightning.report.statistics import difference, mean
 
-few = settings(deadline=None, max_examples=25)
+few = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 numbers = st.lists(st.floats(0.5, 3), min_size=2, max_size=7, unique=True)
 
 
