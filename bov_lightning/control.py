@@ -4,8 +4,8 @@ import math
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 
+from bov_lightning.console import say
 from bov_lightning.errors import UserError
 from bov_lightning.recipe import GuardConfig
 
@@ -30,7 +30,6 @@ class Control(Callback):
         self.loss, self.signal, self.n_spike = math.nan, 0, 0
         self.step = self.n_seen = self.n_skipped = self.n_skipped_in_row = 0
         self.mean = self.variance = 0.0
-        self.console = Console(stderr=True)
 
     def state_dict(self) -> dict[str, Any]:
         """What the guard has learned."""
@@ -92,7 +91,7 @@ class Control(Callback):
 
     def _say(self, trainer: Trainer, text: str) -> None:
         if trainer.is_global_zero:
-            self.console.print(text, highlight=False, soft_wrap=True)
+            say(text)
 
 
 def control_of(trainer: Trainer) -> Control:

@@ -1,4 +1,4 @@
-"""What a run says about itself while it trains: metrics.csv, TensorBoard, one line on screen."""
+"""What a run says about itself while it trains: metrics.csv, TensorBoard, the screen."""
 
 import csv
 import math
@@ -8,12 +8,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import Logger
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from bov_lightning.budget import flops_per_token, peak_flops
+from bov_lightning.console import CONSOLE, say
 from bov_lightning.control import control_of
+from bov_lightning.live import LiveView, Status, can_be_live
+from bov_lightning.reference import Reference
 
 
 class RunLogger(Logger):
@@ -108,62 +108,85 @@ class TensorBoardEvents(RunLogger):
             self._writer.flush()
 
 
-class _Numbers(ProgressColumn):
-    """The latest numbers of the run."""
-
-    def render(self, task) -> Text:
-        return Text(task.fields["numbers"])
-
-
 class Reporter(Callback):
     """Measures loss, bits per byte, tokens per second and MFU; shows them and logs them."""
 
-    def __init__(self, lines_every_s: float = 30.0):
-        """``lines_every_s``: seconds between two lines where the output is no terminal."""
-        self.lines_every_s = lines_every_s
-        self.console = Console(stderr=True)
-        self.progress: Progress | None = None
-        self.latest: dict[str, float] = {}
+    def __init__(
+        self,
+        status: Status,
+        reference: Path | None = None,
+        validation_tokens: int | None = None,
+        lines_every_s: float = 30.0,
+    ):
+        """
+        Args:
+            status: what the live view shows, on rank 0 and in a terminal.
+            reference: directory of another run, to compare val_bpb with.
+            validation_tokens: validation.tokens of this run.
+            lines_every_s: seconds between two lines where the output is no terminal.
+        """
+        self.status, self.lines_every_s = status, lines_every_s
+        self.reference_directory, self.validation_tokens = reference, validation_tokens
+        self.reference: Reference | None = None
+        self.view: LiveView | None = None
         self.validated_step = -1
 
+    @property
+    def latest(self) -> dict[str, float]:
+        """What was measured last, by its name in metrics.csv."""
+        return self.status.latest
+
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Starts the clock, and the bar on rank 0."""
-        self.measured_step = self.first_step = trainer.global_step
+        """Starts the clock, and the view on rank 0."""
+        self.control = control_of(trainer)
+        self.measured_step = trainer.global_step
         self.every_steps = trainer.log_every_n_steps
-        self.measured_at = self.started_at = self.line_at = time.monotonic()
-        self.counted_at = self.measured_at
-        self.train_seconds = sum(
-            x.train_seconds for x in trainer.loggers if isinstance(x, MetricsCSV)
-        )
+        self.measured_at = self.counted_at = self.line_at = time.monotonic()
         self.flops_per_token = flops_per_token(module.config)
         self.peak_flops = peak_flops(module.device) * trainer.world_size
-        if trainer.is_global_zero and self.console.is_terminal:
-            self.progress = Progress(
-                TextColumn("{task.description} {task.completed}/{task.total}"),
-                BarColumn(bar_width=20),
-                _Numbers(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
-            self.task = self.progress.add_task(
-                "step", total=trainer.max_steps, completed=self.first_step, numbers=""
-            )
-            self.progress.start()
+        status = self.status
+        status.max_steps, status.tokens_per_step = trainer.max_steps, module.batch_tokens
+        status.step = status.first_step = trainer.global_step
+        status.started_at = status.stepped_at = self.measured_at
+        files = [x for x in trainer.loggers if isinstance(x, MetricsCSV)]
+        self.train_seconds = sum(file.train_seconds for file in files)
+        for file in files:
+            self._recall(file.rows)
+        if self.reference_directory is not None:
+            data = trainer.datamodule.fingerprint
+            self.reference = Reference(self.reference_directory, data, self.validation_tokens)
+            self._compare(trainer)
+        if trainer.is_global_zero and can_be_live(CONSOLE):
+            self.view = LiveView(CONSOLE, status)
+            self.view.start()
+
+    def _recall(self, rows: dict[int, dict[str, Any]]) -> None:
+        """Takes over what an earlier part of the run has measured."""
+        for step in sorted(rows):
+            if "train_loss" in rows[step]:
+                self.status.losses.add(float(rows[step]["train_loss"]))
+            if "val_bpb" in rows[step]:
+                self.status.validated_step = step
+                self.latest["val_bpb"] = float(rows[step]["val_bpb"])
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
         """Measures every trainer.log_every_n_steps steps and at the end."""
-        step = trainer.global_step
+        step, status, control = trainer.global_step, self.status, self.control
+        if step == status.step:
+            return
+        now = time.monotonic()
+        status.step, status.stepped_at, status.loss = step, now, control.loss
+        status.skipped_steps, status.loss_spikes = control.n_skipped, control.n_spike
+        status.losses.add(control.loss)
         due = step % self.every_steps == 0 or step == trainer.max_steps
         if not due or step == self.measured_step:
             return
-        control, optimizer = control_of(trainer), trainer.optimizers[0]
-        now = time.monotonic()
+        optimizer = trainer.optimizers[0]
         seconds, n_step = now - self.measured_at, step - self.measured_step
         tokens_per_s = n_step * module.batch_tokens / seconds
         self.measured_step, self.measured_at = step, now
         self._count_time()
-        self.latest |= {
+        status.latest |= {
             "train_loss": control.loss,
             "grad_norm": optimizer.gradient_norm,
             "skipped_steps": control.n_skipped,
@@ -182,16 +205,38 @@ class Reporter(Callback):
         if trainer.state.fn == "fit":
             self._count_time()
 
+    def on_validation_batch_start(self, trainer, module, batch, batch_index, *arguments) -> None:
+        """Says how far the validation is."""
+        n_batch = trainer.num_val_batches[0]
+        self.status.activity = f"validating: batch {batch_index + 1:,} of {n_batch:,}"
+
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Logs val_bpb, at the step that it belongs to, and leaves validation out of tokens/s."""
-        self.validated_step = trainer.global_step
+        self.validated_step = self.status.validated_step = trainer.global_step
+        self.status.activity = ""
         self.latest["val_bpb"] = float(trainer.callback_metrics["val_bpb"])
+        self._compare(trainer)
         if trainer.state.fn == "fit":
             measured = {"val_bpb": self.latest["val_bpb"]}
             step = trainer.global_step
             self._log(trainer, measured | self._position(step, module), step)
             self._show(trainer, trainer.global_step, time.monotonic(), always=True)
             self.leave_out(trainer)
+
+    def _compare(self, trainer: Trainer) -> None:
+        """Sets val_bpb beside the reference's; that they cannot be compared is said once."""
+        step = self.status.validated_step
+        if self.reference is None or not trainer.is_global_zero:
+            return
+        tokens = (step or 0) * self.status.tokens_per_step
+        found = self.reference.compare(tokens, self.latest.get("val_bpb", math.nan))
+        if found.is_final:
+            say(f"warning: run.reference {self.reference.directory}: {found.reason}, so that bits "
+                "per byte are not compared")  # fmt: skip
+            self.reference = None
+        elif not self.reference.directory.is_dir() and step is None:
+            say(f"warning: run.reference {self.reference.directory} does not exist yet")
+        self.status.comparison = "" if step is None and not found.is_final else str(found)
 
     def leave_out(self, trainer: Trainer) -> None:
         """Leaves the time since the last step, spent on something else, out of tokens/s."""
@@ -213,39 +258,39 @@ class Reporter(Callback):
                 logger.log_metrics(metrics, step=step)
 
     def _show(self, trainer: Trainer, step: int, now: float, always: bool = False) -> None:
-        if not trainer.is_global_zero:
+        """A line, where there is no view."""
+        if self.view is not None or not trainer.is_global_zero:
             return
-        numbers = numbers_line(self.latest)
-        if self.progress is not None:
-            self.progress.update(self.task, completed=step, numbers=numbers)
-        elif always or now - self.line_at >= self.lines_every_s or step == trainer.max_steps:
+        if always or now - self.line_at >= self.lines_every_s or step == trainer.max_steps:
             self.line_at = now
-            rate = (step - self.first_step) / (now - self.started_at)
-            left = (trainer.max_steps - step) / rate if rate else math.nan
+            left = self.status.seconds_left(now)
             eta = f"ETA {left / 60:.1f} min" if math.isfinite(left) else ""
-            line = f"step {step}/{trainer.max_steps}  {numbers}  {eta}"
-            self.console.print(line, highlight=False, soft_wrap=True)
+            say(f"step {step}/{trainer.max_steps}  {numbers_line(self.status)}  {eta}")
 
-    def _stop(self) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
-
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Takes the bar away."""
-        self._stop()
+    def stop(self) -> None:
+        """Leaves the last picture on the screen, and the terminal as it was."""
+        if self.view is not None:
+            self.view.stop()
+            self.view = None
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception) -> None:
         """Leaves the terminal usable."""
-        self._stop()
+        self.stop()
 
 
-def numbers_line(latest: dict[str, float]) -> str:
-    """The numbers of the progress line; MFU is "-" where the device's peak is not known."""
+def reporter_of(trainer: Trainer) -> Reporter | None:
+    """The trainer's `Reporter`, if it has one."""
+    return next((found for found in trainer.callbacks if isinstance(found, Reporter)), None)
+
+
+def numbers_line(status: Status) -> str:
+    """The numbers of a line; MFU is "-" where the device's peak is not known."""
+    latest = status.latest
     mfu = latest.get("mfu", math.nan)
+    difference = f" ({status.comparison})" if status.comparison else ""
     parts = [
         f"loss {latest['train_loss']:.4f}" if "train_loss" in latest else "",
-        f"val_bpb {latest['val_bpb']:.4f}" if "val_bpb" in latest else "",
+        f"val_bpb {latest['val_bpb']:.4f}{difference}" if "val_bpb" in latest else "",
         f"{latest['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in latest else "",
         "MFU -" if math.isnan(mfu) else f"MFU {mfu:.1%}",
     ]

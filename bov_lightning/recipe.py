@@ -70,6 +70,9 @@ class RunConfig:
     and of the overlays that change the model (quickstart-standard)."""
     root: str = "runs"
     """Folder of all runs."""
+    reference: str | None = None
+    """Another run, by its name in root or by its path, beside whose val_bpb at the same number of
+    tokens that of this run is shown; it may still be training."""
 
     def __post_init__(self):
         if self.name is not None and (not self.name or Path(self.name).name != self.name):

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 
 from bov_lightning import __version__, preemption, saving
 from bov_lightning import checkpoint as checkpoints
+from bov_lightning.console import say
 from bov_lightning.control import control_of
 from bov_lightning.errors import UserError
 from bov_lightning.files import remove
@@ -114,8 +114,14 @@ class Checkpointer(Callback):
         self.writer: saving.CheckpointWriter | None = None
         self.saved_step = self.step = 0
         self.n_failed = 0
-        self.console = Console(stderr=True)
         self._kept: tuple[int, dict, dict] | None = None
+
+    def state(self) -> tuple[int | None, int | None, str]:
+        """For the screen: the step of the newest complete checkpoint, that of the one being
+        written, and why the last one failed."""
+        if self.writer is None:
+            return None, None, ""
+        return self.writer.complete, self.writer.writing, self.writer.failure
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Restores model and optimizer, and hands the rest to Lightning."""
@@ -128,9 +134,9 @@ class Checkpointer(Callback):
         )
         if trainer.is_global_zero:
             for message in messages:
-                self.console.print(message, highlight=False, soft_wrap=True)
+                say(message)
         if checkpoint is not None:
-            self.saved_step = self.step = rest["global_step"]
+            self.saved_step = self.step = self.writer.complete = rest["global_step"]
             for logger in trainer.loggers:
                 if isinstance(logger, RunLogger):
                     logger.resume_at(self.step)
@@ -196,7 +202,7 @@ class Checkpointer(Callback):
             if must_succeed or self.n_failed > self.failures_allowed:
                 raise
             if self.writer.ranks.rank == 0:
-                self.console.print(f"warning: {error}; training goes on", soft_wrap=True)
+                say(f"warning: {error}; training goes on")
 
     def stop_if_told(self, trainer: Trainer, module: LightningModule, code: int) -> None:
         """Saves and ends the process at this step boundary, if ``code`` is an exit code."""
@@ -208,11 +214,7 @@ class Checkpointer(Callback):
             self._finish(True)
         if trainer.is_global_zero:
             why = "time limit" if code == preemption.REQUEUE else "SIGTERM"
-            self.console.print(
-                f"stopped at step {self.step} ({why}): the same command continues {self.run}",
-                highlight=False,
-                soft_wrap=True,
-            )
+            say(f"stopped at step {self.step} ({why}): the same command continues {self.run}")
         launched_by_us = not trainer.strategy.cluster_environment.creates_processes_externally
         # Lightning kills everything when a process that it started exits with a code.
         raise preemption.Preempted(0 if launched_by_us and trainer.local_rank else code)

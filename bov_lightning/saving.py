@@ -117,6 +117,12 @@ class CheckpointWriter:
         self.run, self.config_yaml, self.ranks = run, config_yaml, ranks
         # Kept buffers in pinned memory make copies from a GPU fast.
         self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
+        self.complete: int | None = None
+        """Step of the newest checkpoint that is known to be complete."""
+        self.writing: int | None = None
+        """Step of the one that is being written."""
+        self.failure = ""
+        """Why the last one could not be written."""
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -139,6 +145,7 @@ class CheckpointWriter:
         target = self.run / "checkpoints" / checkpoints.step_name(step)
         arguments = (target, step, staged["weights"], staged["optimizer"], rest, then)
         # Not a daemon: a process that ends by itself finishes its checkpoint.
+        self.writing = step
         self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint")
         self._thread.start()
 
@@ -156,11 +163,13 @@ class CheckpointWriter:
             raise error
         return True
 
-    def _run(self, target: Path, *arguments) -> None:
+    def _run(self, target: Path, step: int, *arguments) -> None:
         try:
-            self._write(target, *arguments)
+            self._write(target, step, *arguments)
+            self.complete, self.failure = step, ""
         except BaseException as error:
-            self._error = error
+            self._error, self.failure = error, str(error)
+        self.writing = None
 
     def _write(
         self, target: Path, step: int, weights: State, optimizer: State, rest: dict, then: Callable

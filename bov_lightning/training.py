@@ -15,13 +15,14 @@ import torch.distributed as dist
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningCLI
-from rich.console import Console
 
 from bov_lightning.budget import accumulation, make_plan
 from bov_lightning.checkpoint import complete_checkpoints, read_weights
 from bov_lightning.cluster import processes, restarted
+from bov_lightning.console import say
 from bov_lightning.control import Control
 from bov_lightning.errors import UserError
+from bov_lightning.live import Status
 from bov_lightning.module import BoVModule
 from bov_lightning.preemption import Preempted, received
 from bov_lightning.progress import MetricsCSV, Reporter, TensorBoardEvents
@@ -41,6 +42,7 @@ from bov_lightning.recipe import (
     read_yaml,
     unknown_key,
 )
+from bov_lightning.reference import find_reference
 from bov_lightning.run import Checkpointer, RunFiles, logger_run_id, move_aside
 from bov_lightning.strategy import choose_strategy
 from bov_lightning.watchdog import Watchdog
@@ -327,7 +329,6 @@ def fit(recipe: Recipe, settings: dict, origin: str) -> None:
     """
     started = time.monotonic()
     _quiet_lightning()
-    console = Console(stderr=True)
     run = Path(recipe.run.root) / recipe.run.name
     batch, config = recipe.batch, recipe.model.config
     if recipe.model.budget is None:
@@ -336,7 +337,9 @@ def fit(recipe: Recipe, settings: dict, origin: str) -> None:
     accumulation(batch.tokens, batch.micro, config.sequence_len, 1)
 
     resolved = {name: plain(value) for name, value in vars(recipe).items() if name != "resume"}
-    loggers, reporter = [MetricsCSV(run), TensorBoardEvents(run)], Reporter()
+    loggers, status = [MetricsCSV(run), TensorBoardEvents(run)], Status(recipe.run.name)
+    reference = recipe.run.reference and find_reference(recipe.run.reference, recipe.run.root)
+    reporter = Reporter(status, reference, recipe.validation.tokens)
     run_files = RunFiles(run, "", {})
     # A requeued job continues whatever its command line says: it would never end otherwise.
     resume = recipe.resume == "auto" or restarted()
@@ -344,6 +347,7 @@ def fit(recipe: Recipe, settings: dict, origin: str) -> None:
     os.environ.setdefault("WANDB_RUN_ID", logger_run_id(run, not resume))
     os.environ.setdefault("WANDB_RESUME", "allow")
     checkpointer = Checkpointer(run, recipe.checkpoint, recipe.validation, resume)
+    status.checkpoint = checkpointer.state
     watchdog = Watchdog(recipe.guard.late_after_s)
     callbacks = [watchdog, run_files, Control(recipe.guard), reporter, checkpointer]
     # After the checkpointer: what is evaluated has been saved.
@@ -363,23 +367,25 @@ def fit(recipe: Recipe, settings: dict, origin: str) -> None:
     if resume and complete_checkpoints(run):
         _check_same_run(run, resolved)
     if not resume and trainer.is_global_zero and run.exists():
-        console.print(f"moved the old run to {move_aside(run)}", highlight=False)
+        say(f"moved the old run to {move_aside(run)}")
     _leave_signals_to_us(trainer)
     seed_everything(recipe.seed, workers=True, verbose=False)
     try:
         trainer.fit(module, datamodule=cli.datamodule)
+        if reporter.validated_step != trainer.global_step:
+            trainer.validate(module, datamodule=cli.datamodule, verbose=False)
+            for logger in loggers if trainer.is_global_zero else []:
+                logger.log_metrics({"val_bpb": reporter.latest["val_bpb"]}, trainer.global_step)
+                logger.save()
     except Preempted:
         raise
     except SystemExit:
         # What Lightning makes of Ctrl-C.
         if trainer.interrupted and trainer.is_global_zero:
-            console.print(f"interrupted: the same command continues {run}", highlight=False)
+            say(f"interrupted: the same command continues {run}")
         raise KeyboardInterrupt from None
-    if reporter.validated_step != trainer.global_step:
-        trainer.validate(module, datamodule=cli.datamodule, verbose=False)
-        for logger in loggers if trainer.is_global_zero else []:
-            logger.log_metrics({"val_bpb": reporter.latest["val_bpb"]}, trainer.global_step)
-            logger.save()
+    finally:
+        reporter.stop()
     if trainer.is_global_zero:
         minutes = (time.monotonic() - started) / 60
         print(f"val_bpb {reporter.latest['val_bpb']:.4f}")

@@ -9,7 +9,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
+
+from bov_lightning.console import say
 
 
 class Watchdog(Callback):
@@ -24,7 +25,6 @@ class Watchdog(Callback):
         """``late_after_s``: seconds without progress before anything is said."""
         self.late_after_s = late_after_s
         self.count, self.place, self.moved_at = 0, "starting", time.monotonic()
-        self.console = Console(stderr=True)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -88,4 +88,4 @@ class Watchdog(Callback):
         lines += [f"  rank {rank} does not answer: its process hangs or is gone" for rank in silent]
         if not late and not silent:
             lines.append("  all ranks are at the same place: a collective or the device hangs")
-        self.console.print("\n".join(lines), highlight=False, soft_wrap=True)
+        say("\n".join(lines))

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
-from bov_lightning.progress import Reporter
+from bov_lightning.console import say
+from bov_lightning.progress import Reporter, reporter_of
 from bov_lightning.recipe import EvaluationConfig
 from evaluation import claims
 from evaluation.backends import TransformerBackend
@@ -74,7 +74,6 @@ class Evaluator(Callback):
         self.checkpoint_every = checkpoint_every
         self.should_stop, self.on_interrupt = should_stop, on_interrupt
         self.benchmarks = benchmarks_of(config, run_directory)
-        self.console = Console(stderr=True)
         self.handled_step = 0
 
     def is_due(self, step: int, max_steps: int) -> bool:
@@ -96,7 +95,7 @@ class Evaluator(Callback):
 
     def _prepare(self, trainer: Trainer) -> None:
         if self.config.download:
-            download_data(self.benchmarks, lambda line: self.console.print(line, highlight=False))
+            download_data(self.benchmarks, say)
         directory = Path(self.benchmarks.heldout_dir)
         if needs_heldout(self.config.tasks) and trainer.is_global_zero:
             write_from_data(directory, trainer.datamodule)
@@ -148,8 +147,8 @@ class Evaluator(Callback):
     def _evaluate(self, trainer: Trainer, module: LightningModule, step: int) -> bool:
         """Whether it came to its end."""
         started = time.monotonic()
-        reporter = next((c for c in trainer.callbacks if isinstance(c, Reporter)), None)
-        shown = _Progress(reporter, self.console, step, trainer.is_global_zero)
+        reporter = reporter_of(trainer)
+        shown = _Progress(reporter, step, trainer.is_global_zero)
         runtime = Runtime(
             budget=self.config.tokens_per_forward, should_stop=self.should_stop,
             progress=shown.update, ranks=self.ranks,
@@ -160,16 +159,14 @@ class Evaluator(Callback):
                 results = run(module.model, backend, self.tokenizer, self.benchmarks, runtime)
         except EvaluationInterruptedError:
             if trainer.is_global_zero:
-                line = f"evaluation at step {step} interrupted; it is made up for after resuming"
-                self.console.print(line, highlight=False)
+                say(f"evaluation at step {step} interrupted; it is made up for after resuming")
             return False
         finally:
             shown.end()
         self.ranks.together(lambda: self._publish(trainer, results, step))
         if trainer.is_global_zero:
             seconds = time.monotonic() - started
-            line = f"step {step}  {headline(results)}  (evaluated in {seconds:.1f} s)"
-            self.console.print(line, highlight=False, soft_wrap=True)
+            say(f"step {step}  {headline(results)}  (evaluated in {seconds:.1f} s)")
         if reporter is not None and hasattr(reporter, "measured_step"):
             reporter.leave_out(trainer)
         return True
@@ -183,32 +180,31 @@ class Evaluator(Callback):
         self._log(trainer, results, step)
 
     def _log(self, trainer: Trainer, results: dict[str, Any], step: int) -> None:
+        if reporter := reporter_of(trainer):
+            reporter.status.evaluated_step, reporter.status.evaluation = step, headline(results)
         for logger in trainer.loggers:
             logger.log_metrics(metrics(results), step=step)
             logger.save()
 
 
 class _Progress:
-    """A second bar below the run's, or a line now and then where the output is no terminal."""
+    """What the run's view says meanwhile, or a line now and then where there is none."""
 
-    def __init__(self, reporter: Reporter | None, console: Console, step: int, is_zero: bool):
-        self.bar = reporter.progress if reporter is not None and is_zero else None
-        self.console, self.step, self.is_zero = console, step, is_zero
+    def __init__(self, reporter: Reporter | None, step: int, is_zero: bool):
+        self.reporter, self.step = reporter, step
+        self.says_lines = is_zero and (reporter is None or reporter.view is None)
         self.line_at = time.monotonic()
-        self.task = None
-        if self.bar is not None:
-            self.task = self.bar.add_task("evaluate", total=None, numbers="rows evaluated")
 
     def update(self, done: int, total: int) -> None:
         """Takes finished and total rows of this rank."""
-        if self.bar is not None:
-            self.bar.update(self.task, completed=done, total=total)
-        elif self.is_zero and time.monotonic() - self.line_at >= LINES_EVERY_S:
+        line = f"evaluating step {self.step}: {done:,} of {total:,} rows"
+        if self.reporter is not None:
+            self.reporter.status.activity = line
+        if self.says_lines and time.monotonic() - self.line_at >= LINES_EVERY_S:
             self.line_at = time.monotonic()
-            line = f"evaluating step {self.step}: {done} of {total} rows"
-            self.console.print(line, highlight=False)
+            say(line)
 
     def end(self) -> None:
-        """Takes the bar away."""
-        if self.bar is not None:
-            self.bar.remove_task(self.task)
+        """Says that it is over."""
+        if self.reporter is not None:
+            self.reporter.status.activity = ""

@@ -1,0 +1,14 @@
+"""The screen: everything that a run says while it trains goes through one console on stderr.
+
+Two consoles do not know of each other's lines, so that a warning of one would tear up the live view
+(`bov_lightning.live`) of the other.
+"""
+
+from rich.console import Console
+
+CONSOLE = Console(stderr=True)
+
+
+def say(text: str) -> None:
+    """Prints a line, which is not wrapped where the output is no terminal."""
+    CONSOLE.print(text, highlight=False, markup=False, soft_wrap=True)
