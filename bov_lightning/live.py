@@ -200,8 +200,8 @@ class RunView:
             yield (
                 "guard",
                 [
-                    Text(f"{status.skipped_steps:,} steps skipped", style="yellow"),
-                    Text(f"{status.loss_spikes:,} loss spikes", style="yellow"),
+                    Text(f"skipped steps {status.skipped_steps:,}", style="yellow"),
+                    Text(f"loss spikes {status.loss_spikes:,}", style="yellow"),
                 ],
             )
         if status.activity:

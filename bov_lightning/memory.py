@@ -1,20 +1,26 @@
 """Memory per device, by simulation.
 
 The network, its sharding and its optimizer run through a micro-step and an optimizer step on
-tensors without content (`FakeTensorMode`) in a group of processes that do not exist, while every
-storage is counted from its birth to its end. What torch allocates is thus known exactly, whatever
-the variant. It leaves out what torch does not allocate: the CUDA context, the communication
-library's own buffers, and what the caching allocator loses to fragmentation. torch.compile keeps
-less than the operations that it fuses, so that its runs need somewhat less.
+tensors without content, while every storage is counted from its birth to its end. What torch
+allocates is thus known exactly, whatever the variant. It leaves out what torch does not allocate:
+the CUDA context, the communication library's own buffers, and what the caching allocator loses to
+fragmentation. torch.compile keeps less than the operations that it fuses, so that its runs need
+somewhat less.
+
+Where nothing is sharded, the tensors are on the meta device. FSDP2 and autocast ask for the device
+and get fake ones (`FakeTensorMode`), in a group of processes that do not exist; these give the same
+numbers, but import torch's compiler and take several times as long.
 """
 
 import gc
 import re
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -23,9 +29,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._guards import active_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bov_lightning.budget import meta_model
@@ -41,6 +44,7 @@ from bov_lightning.sharding import (
     PARAM_DTYPES,
     check_precision,
     check_replicate,
+    local_part,
     make_mesh,
     recompute_activations,
     shard,
@@ -71,6 +75,11 @@ class Layout:
     """bf16 activations and products."""
     cuda: bool = False
     """Whether the device is a GPU: attention and loss choose by it."""
+
+    @property
+    def shards(self) -> bool:
+        """Whether FSDP2 takes part, as `ShardedStrategy.build` decides it."""
+        return self.sharded and (self.world_size > 1 or self.half)
 
 
 def read_layout(trainer: dict[str, Any], world_size: int | None = None) -> Layout:
@@ -143,28 +152,108 @@ def plan_memory(recipe: Recipe, layout: Layout, n_micro: int) -> dict[str, Any]:
         layout: on what.
         n_micro: micro-steps per optimizer step.
     """
-    if dist.is_initialized():
-        raise RuntimeError("the simulation needs a process group of its own")
     collects = gc.isenabled()
     # The result must not depend on when Python looks for cycles; it also takes a fifth of the time.
     gc.disable()
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.world_size)
     attention._window_mask.cache_clear()
+    kind = "cuda" if layout.cuda else "cpu"
+    logits = dict.fromkeys(loss.LOGITS_PER_CHUNK, loss.LOGITS_PER_CHUNK[kind])
+    if layout.shards or layout.half:
+        simulated = _fake_ranks(layout)
+    else:
+        simulated = _meta_device(recipe.activation_checkpointing)
+    try:
+        with (
+            patch.dict(loss.LOGITS_PER_CHUNK, logits),
+            _as_on_cuda() if layout.cuda else nullcontext(),
+            simulated as world,
+        ):
+            return _simulate(recipe, layout, n_micro, *world)
+    finally:
+        attention._window_mask.cache_clear()  # it holds tensors without content now
+        if collects:
+            gc.enable()
+
+
+@contextmanager
+def _meta_device(recomputes: bool) -> Iterator[tuple[str, Any, "_StorageTracker"]]:
+    """Device, mesh and tracker of a simulation in which nothing is sharded."""
+    with (
+        # Checkpointing looks at the compiler's settings.
+        nullcontext() if recomputes else _without_compiler(),
+        # Autocast does not know the device.
+        patch.object(torch, "is_autocast_enabled", lambda device_type: False),
+        # It would choose the one that keeps the probabilities, unlike CPUs and GPUs.
+        patch.object(F, "scaled_dot_product_attention", _fused_attention),
+    ):
+        yield "meta", None, _StorageTracker(None)
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Keeps torch from importing its compiler just to tell it what not to compile.
+
+    That import takes as long as all of `bov plan` besides.
+    """
+    if "torch._dynamo" in sys.modules:
+        yield
+        return
+    marked = []
+
+    def disable(function: Any, *args, **kwargs) -> Any:
+        marked.append(function)
+        return function
+
+    stub = ModuleType("torch._dynamo")
+    stub.disable = disable
+    sys.modules[stub.__name__] = stub
+    try:
+        with patch.object(torch, "_dynamo", stub, create=True):
+            yield
+    finally:
+        del sys.modules[stub.__name__]
+        # Else the compiler would not know later what was kept from it.
+        for function in marked:
+            vars(function).pop("__dynamo_disable", None)
+
+
+def _fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float,
+    enable_gqa: bool,
+) -> Tensor:  # fmt: skip
+    """What F.scaled_dot_product_attention does on a CPU, which reads grouped heads as they are."""
+    if attn_mask is not None:
+        shut = torch.scalar_tensor(-torch.inf, dtype=q.dtype, device=q.device)
+        open_ = torch.scalar_tensor(0.0, dtype=q.dtype, device=q.device)
+        attn_mask = torch.where(attn_mask, open_, shut)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, is_causal=is_causal, attn_mask=attn_mask, scale=scale
+    )[0]
+
+
+@contextmanager
+def _fake_ranks(layout: Layout) -> Iterator[tuple[str, Any, "_StorageTracker"]]:
+    """Device, mesh and tracker of one rank among others that do not exist."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise RuntimeError("the simulation needs a process group of its own")
+    exchange = "torch.distributed.tensor.placement_types.shard_dim_alltoall"
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.world_size)
     try:
         mesh = make_mesh("cpu", layout.world_size, layout.replicate)
         # Slicing a mesh looks at numbers, which tensors without content do not have.
         shard_mesh = mesh if layout.replicate == 1 else mesh["shard"]
         with (
             patch.object(muon_adamw, "_shard_mesh", lambda tensor: shard_mesh),
-            _as_on_cuda() if layout.cuda else nullcontext(),
+            # Without it, CPU meshes gather everything.
+            patch(exchange, _all_to_all) if layout.cuda else nullcontext(),
             FakeTensorMode() as fake_mode,
         ):
-            return _simulate(recipe, layout, n_micro, mesh, _StorageTracker(fake_mode))
+            yield "cpu", mesh, _StorageTracker(fake_mode)
     finally:
-        attention._window_mask.cache_clear()  # it holds tensors without content now
         dist.destroy_process_group()
-        if collects:
-            gc.enable()
 
 
 def check_fit(recipe: Recipe, layout: Layout, memory: dict[str, Any], available: int) -> None:
@@ -193,14 +282,20 @@ def check_fit(recipe: Recipe, layout: Layout, memory: dict[str, Any], available:
     )
 
 
-def _simulate(recipe: Recipe, layout: Layout, n_micro: int, mesh, tracker) -> dict[str, Any]:
-    config, device = recipe.model.config, "cpu"
+def _all_to_all(local: Tensor, gather_dim: int, shard_dim: int, mesh: Any, mesh_dim: int) -> Tensor:
+    group = mesh.get_group(mesh_dim).group_name
+    return torch.ops._dtensor.shard_dim_alltoall(local, gather_dim, shard_dim, group)
+
+
+def _simulate(
+    recipe: Recipe, layout: Layout, n_micro: int, device: str, mesh: Any, tracker: "_StorageTracker"
+) -> dict[str, Any]:
+    config = recipe.model.config
     dtype = torch.bfloat16 if layout.half else None
-    model = _empty_model(config)
+    model = _empty_model(config, device)
     if recipe.activation_checkpointing:
         recompute_activations(model)
-    # As in `ShardedStrategy.build`.
-    if layout.sharded and (layout.world_size > 1 or layout.half):
+    if layout.shards:
         shard(model, mesh, dtype)
     groups = build_groups(model, recipe.model.optimizer, config, recipe.batch.tokens)
     optimizer = MuonAdamW(groups)
@@ -216,14 +311,14 @@ def _simulate(recipe: Recipe, layout: Layout, n_micro: int, mesh, tracker) -> di
             p.register_post_accumulate_grad_hook(
                 lambda p, kind="tables" if is_table else "gradients": tracker.label([p.grad], kind)
             )
-    autocast = torch.autocast(device, dtype, enabled=layout.half and not layout.sharded)
+    use_autocast = layout.half and not layout.sharded
     with tracker:
         # DDP's messages are copies of all gradients.
         messages = [] if layout.sharded else [torch.empty_like(p) for p in model.parameters()]
         tracker.label(messages, "gradients")
         shape = (recipe.batch.micro, config.sequence_len + 1)
         rows = torch.zeros(shape, dtype=torch.int64, device=device)
-        with autocast:
+        with torch.autocast(device, dtype) if use_autocast else nullcontext():
             mean_loss = model(rows[:, :-1], rows[:, 1:])
         if n_micro == 1:
             optimizer.zero_grad()  # after the forward pass, as Lightning does it
@@ -234,12 +329,12 @@ def _simulate(recipe: Recipe, layout: Layout, n_micro: int, mesh, tracker) -> di
     return {**{kind: tracker.most[kind] for kind in KINDS}, **tracker.peak}
 
 
-def _empty_model(config: TransformerConfig) -> Transformer:
+def _empty_model(config: TransformerConfig, device: str) -> Transformer:
     """The network with parameters that nobody has filled."""
     model = meta_model(config)
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.empty(p.shape, device="cpu")))
+            setattr(module, name, nn.Parameter(torch.empty(p.shape, device=device)))
     return model
 
 
@@ -250,21 +345,14 @@ def _as_on_cuda() -> Iterator[None]:
     Fake tensors could say that they are on a GPU, but FSDP2 asks it for streams.
     """
 
-    def all_to_all(local: Tensor, gather_dim: int, shard_dim: int, mesh, mesh_dim: int) -> Tensor:
-        group = mesh.get_group(mesh_dim).group_name
-        return torch.ops._dtensor.shard_dim_alltoall(local, gather_dim, shard_dim, group)
-
     def no_masks(windows: list[int | None], token_ids: Tensor, document_start: int | None) -> dict:
         # What FlexAttention keeps is what attention without a mask keeps.
         return dict.fromkeys(windows)
 
     with (
-        patch.dict(loss.LOGITS_PER_CHUNK, cpu=loss.LOGITS_PER_CHUNK["cuda"]),
         patch.object(transformer, "make_masks", no_masks),
         # Fused on a GPU: as layer_norm, it keeps its input and a number or two per row.
         patch.object(F, "rms_norm", F.layer_norm),
-        # Without it, CPU meshes gather everything.
-        patch("torch.distributed.tensor.placement_types.shard_dim_alltoall", all_to_all),
     ):
         yield
 
@@ -276,7 +364,8 @@ class _StorageTracker(TorchDispatchMode):
     DTensors' gradients.
     """
 
-    def __init__(self, fake_mode: FakeTensorMode):
+    def __init__(self, fake_mode: Any):
+        """``fake_mode``: the FakeTensorMode that it counts in, if any."""
         super().__init__()
         self.fake_mode = fake_mode
         self.phase = "forward"
@@ -285,6 +374,11 @@ class _StorageTracker(TorchDispatchMode):
         self.peak = {"peak": 0, "peak_in": self.phase}
         self.known: dict[int, tuple[str, int, weakref.ref]] = {}
         """Kind and size by the id of a storage."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here; to say so would import the compiler."""
+        return False
 
     def __enter__(self) -> "_StorageTracker":
         original = torch.UntypedStorage.resize_
@@ -308,8 +402,7 @@ class _StorageTracker(TorchDispatchMode):
     def label(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Says what the tensors' memory is for."""
         for tensor in tensors:
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            self._set(local.untyped_storage(), kind)
+            self._set(local_part(tensor).untyped_storage(), kind)
 
     def _set(self, storage: torch.UntypedStorage, kind: str) -> None:
         key = id(storage)
@@ -329,7 +422,7 @@ class _StorageTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
         if func is torch.ops.prim.device.default:
             return args[0].fake_device  # half of all calls
-        if any(issubclass(cls, DTensor) for cls in types):
+        if any(cls.__name__ == "DTensor" for cls in types):
             return NotImplemented  # see the operations on its local tensor instead
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1.0  # the optimizer looks at the gradients' norm and the step

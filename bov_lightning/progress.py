@@ -236,7 +236,8 @@ class Reporter(Callback):
             self.reference = None
         elif not self.reference.directory.is_dir() and step is None:
             say(f"warning: run.reference {self.reference.directory} does not exist yet")
-        self.status.comparison = "" if step is None and not found.is_final else str(found)
+        elif step is not None:
+            self.status.comparison = str(found)
 
     def leave_out(self, trainer: Trainer) -> None:
         """Leaves the time since the last step, spent on something else, out of tokens/s."""

@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from bov_lightning import __version__, preemption, saving
@@ -71,6 +72,8 @@ class RunFiles(Callback):
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / "config.yaml").write_text(self.config_yaml, encoding="utf-8")
+        for logger in trainer.loggers:  # those that a recipe adds to ours
+            logger.log_hyperparams(yaml.safe_load(self.config_yaml))
         data = trainer.datamodule
         tokenizer = self.directory / checkpoints.TOKENIZER
         shutil.copytree(data.tokenizer_directory, tokenizer, dirs_exist_ok=True)

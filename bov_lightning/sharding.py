@@ -1,21 +1,22 @@
-"""How FSDP2 cuts a model up: the parts of a strategy that need no Trainer."""
+"""How FSDP2 cuts a model up: the parts of a strategy that need no Trainer.
 
+FSDP2 and DTensors bring torch's compiler and sympy along, which takes longer than `bov plan` may:
+they are imported where something is really sharded.
+"""
+
+import sys
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint
 
 from bov_lightning.errors import UserError
-from bov_lightning.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from bov_lightning.model.transformer import Transformer
 
 PARAM_DTYPES = {"32-true": None, "32": None, 32: None, "bf16-mixed": torch.bfloat16}
 """What trainer.precision means under FSDP2: the dtype of gathered parameters and activations."""
@@ -37,20 +38,39 @@ def check_replicate(world_size: int, replicate: int) -> None:
         )
 
 
-def make_mesh(device_type: str, world_size: int, replicate: int) -> DeviceMesh:
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor. There is none where nobody has imported them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, sharded or not."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def make_mesh(device_type: str, world_size: int, replicate: int) -> "DeviceMesh":
     """One dimension, ``shard``, or with copies two: ``replicate`` and ``shard``."""
+    from torch.distributed.device_mesh import init_device_mesh
+
     if replicate == 1:
         return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
     shape = (replicate, world_size // replicate)
     return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def shard(model: Transformer, mesh: DeviceMesh, param_dtype: torch.dtype | None) -> None:
+def shard(model: "Transformer", mesh: "DeviceMesh", param_dtype: torch.dtype | None) -> None:
     """Makes each value table, each block, the embedding and the head an FSDP2 unit of its own.
 
     A table in its block's unit would be gathered, and its gradient reduced, together with the
     block's matrices, in one huge buffer.
     """
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
     for block in model.blocks:
         source = block.attention.value.source
@@ -68,13 +88,17 @@ def reshard(model: nn.Module) -> None:
 
     FSDP2's root keeps its own after a forward pass, for a backward pass that need not follow.
     """
+    from torch.distributed.fsdp import FSDPModule
+
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def recompute_activations(model: Transformer) -> None:
+def recompute_activations(model: "Transformer") -> None:
     """Makes each block keep its inputs only, and compute the rest again in the backward pass."""
+    from torch.utils.checkpoint import checkpoint
+
     for block in model.blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
@@ -82,7 +106,9 @@ def recompute_activations(model: Transformer) -> None:
 @torch.no_grad()
 def write_part(parameter: Tensor, whole: Tensor) -> None:
     """Copies this rank's rows of a whole CPU tensor into a parameter, sharded or not."""
-    if isinstance(parameter, DTensor):
+    if is_sharded(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
         own = distribute_tensor(
             whole.to(parameter.device), parameter.device_mesh, parameter.placements,
             src_data_rank=None,

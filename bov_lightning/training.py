@@ -374,7 +374,7 @@ def fit(recipe: Recipe, settings: dict, origin: str) -> None:
         trainer.fit(module, datamodule=cli.datamodule)
         if reporter.validated_step != trainer.global_step:
             trainer.validate(module, datamodule=cli.datamodule, verbose=False)
-            for logger in loggers if trainer.is_global_zero else []:
+            for logger in trainer.loggers if trainer.is_global_zero else []:
                 logger.log_metrics({"val_bpb": reporter.latest["val_bpb"]}, trainer.global_step)
                 logger.save()
     except Preempted:

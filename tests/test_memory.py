@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bov_lightning import memory
 from bov_lightning.budget import accumulation
 from bov_lightning.cli import main
 from bov_lightning.errors import UserError
@@ -153,6 +154,28 @@ def test_the_simulation_leaves_nothing_behind():
     model, rows = Transformer(recipe_of().model.config), torch.zeros(1, 257, dtype=torch.int64)
     assert torch.isfinite(model(rows[:, :-1], rows[:, 1:]))
     assert type(_window_mask(4, 2, torch.device("cpu"))) is torch.Tensor
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overlay",
+    [
+        {},
+        {"model": {"config": {"document_start": 0}}},
+        {"model": {"config": {"value": {"add_context": True, "layers": "last_third"}}}},
+        {"model": {"config": {"value": {"source": "bank", "coefficient": "gate"}}}},
+        {"model": {"config": {"value": {"source": "first_layer", "coefficient": 0.5}}}},
+        {"activation_checkpointing": True, "batch": {"micro": 8}},
+        {"trainer": {"accelerator": "gpu"}, "batch": {"micro": 32}},
+        {"trainer": {"accelerator": "gpu", "strategy": "ddp"}},
+    ],
+)
+def test_tensors_on_the_meta_device_need_what_fake_ones_need(overlay, monkeypatch):
+    recipe = recipe_of(overlay)
+    layout = read_layout(recipe.trainer, 2 if "strategy" in recipe.trainer else 1)
+    found = [plan_memory(recipe, layout, n_micro) for n_micro in (1, 4)]
+    monkeypatch.setattr(memory, "_meta_device", lambda recomputes: memory._fake_ranks(layout))
+    assert found == [plan_memory(recipe, layout, n_micro) for n_micro in (1, 4)]
 
 
 def test_world_size_comes_from_the_recipe():

@@ -13,12 +13,17 @@ brings whole matrices to single ranks, which orthogonalise their part, and anoth
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, zeros
+
+from bov_lightning.sharding import is_sharded, local_part
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -42,11 +47,7 @@ def polar_express(stack: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return x
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _shard_mesh(tensor: DTensor) -> DeviceMesh:
+def _shard_mesh(tensor: "DTensor") -> "DeviceMesh":
     """The ranks that together hold one copy; with HSDP the last of the mesh's two dimensions."""
     mesh = tensor.device_mesh
     return mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[-1]]
@@ -126,21 +127,21 @@ class MuonAdamW(torch.optim.Optimizer):
     def _gradient_norm(self) -> float:
         grads = [p.grad for group in self.param_groups for p in group["params"]]
         grads = [grad for grad in grads if grad is not None]
-        local = [_local(grad) for grad in grads]
+        local = [local_part(grad) for grad in grads]
         # A rank may hold no rows of a small parameter.
         norms = torch._foreach_norm([grad for grad in local if grad.numel()])
         square = torch.stack(norms).square().sum()
-        sharded = next((grad for grad in grads if isinstance(grad, DTensor)), None)
+        sharded = next((grad for grad in grads if is_sharded(grad)), None)
         if sharded is not None:
             _sum_over_shards(square, sharded)
         return math.sqrt(square.item())
 
     def _adamw(self, parameters: list[Tensor], group: dict) -> None:
         beta1, beta2 = group["betas"]
-        values = [_local(p) for p in parameters]
-        grads = [_local(p.grad) for p in parameters]
-        exp_avgs = [_local(self.state[p]["exp_avg"]) for p in parameters]
-        exp_avg_sqs = [_local(self.state[p]["exp_avg_sq"]) for p in parameters]
+        values = [local_part(p) for p in parameters]
+        grads = [local_part(p.grad) for p in parameters]
+        exp_avgs = [local_part(self.state[p]["exp_avg"]) for p in parameters]
+        exp_avg_sqs = [local_part(self.state[p]["exp_avg_sq"]) for p in parameters]
         torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
         torch._foreach_mul_(exp_avg_sqs, beta2)
         torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
@@ -159,10 +160,10 @@ class MuonAdamW(torch.optim.Optimizer):
     def _muon(self, matrices: list[Tensor], group: dict) -> None:
         rows, cols = matrices[0].shape
         average_dim = _average_dim(matrices[0])
-        values = [_local(p) for p in matrices]
-        grads = [_local(p.grad) for p in matrices]
-        momenta = [_local(self.state[p]["momentum"]) for p in matrices]
-        second_moments = [_local(self.state[p]["second_moment"]) for p in matrices]
+        values = [local_part(p) for p in matrices]
+        grads = [local_part(p.grad) for p in matrices]
+        momenta = [local_part(self.state[p]["momentum"]) for p in matrices]
+        second_moments = [local_part(self.state[p]["second_moment"]) for p in matrices]
 
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, momenta, group["momentum"])
@@ -191,22 +192,24 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _orthogonalise(self, stack: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
         """Polar Express of a stack of (local rows of) matrices that are laid out as ``like``."""
-        if not isinstance(like, DTensor):
+        if not is_sharded(like):
             return polar_express(stack, dtype)
+        from torch.distributed.tensor import DTensor, Shard
+
         mesh, placement = _shard_mesh(like), like.placements[-1]
         if not (isinstance(placement, Shard) and placement.dim == 0):
             raise ValueError(f"Muon expects matrices sharded over their rows, got {placement}")
         shape = torch.Size((len(stack), *like.shape))
         stride = (like.shape[0] * like.shape[1], like.shape[1], 1)
-        by_rows = DTensor.from_local(
+        by_rows = DTensor.fromlocal_part(
             stack.to(dtype), mesh, [Shard(1)], run_check=False, shape=shape, stride=stride
         )
-        by_matrix = by_rows.redistribute(placements=[Shard(0)]).to_local()
+        by_matrix = by_rows.redistribute(placements=[Shard(0)]).tolocal_part()
         whole = polar_express(by_matrix, dtype) if len(by_matrix) else by_matrix
-        result = DTensor.from_local(
+        result = DTensor.fromlocal_part(
             whole.contiguous(), mesh, [Shard(0)], run_check=False, shape=shape, stride=stride
         )
-        return result.redistribute(placements=[Shard(1)]).to_local()
+        return result.redistribute(placements=[Shard(1)]).tolocal_part()
 
 
 def _average_dim(matrix: Tensor) -> int:
@@ -218,8 +221,10 @@ def _averaged_zeros(matrix: Tensor, dim: int) -> Tensor:
     """Zeros of the matrix's shape with ``dim`` averaged away: kept where the other dimension is."""
     shape = list(matrix.shape)
     shape[dim] = 1
-    if not isinstance(matrix, DTensor):
+    if not is_sharded(matrix):
         return matrix.new_zeros(shape)
+    from torch.distributed.tensor import Replicate, zeros
+
     mesh = matrix.device_mesh
     placements = matrix.placements if dim == -1 else [Replicate()] * mesh.ndim
     return zeros(shape, dtype=matrix.dtype, device_mesh=mesh, placements=placements)
@@ -227,6 +232,6 @@ def _averaged_zeros(matrix: Tensor, dim: int) -> Tensor:
 
 def _sum_over_shards(local: Tensor, matrix: Tensor) -> Tensor:
     """The sum over the ranks that hold the matrix's rows; in place."""
-    if isinstance(matrix, DTensor):
+    if is_sharded(matrix):
         dist.all_reduce(local, group=_shard_mesh(matrix).get_group())
     return local
