@@ -163,7 +163,7 @@ def test_the_simulation_leaves_nothing_behind():
         {},
         {"model": {"config": {"document_start": 0}}},
         {"model": {"config": {"value": {"add_context": True, "layers": "last_third"}}}},
-        {"model": {"config": {"value": {"source": "bank", "coefficient": "gate"}}}},
+        {"model": {"config": {"value": {"coefficient": "gate", "add_context": True}}}},
         {"model": {"config": {"value": {"source": "first_layer", "coefficient": 0.5}}}},
         {"activation_checkpointing": True, "batch": {"micro": 8}},
         {"trainer": {"accelerator": "gpu"}, "batch": {"micro": 32}},

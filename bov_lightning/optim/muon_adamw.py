@@ -201,15 +201,15 @@ class MuonAdamW(torch.optim.Optimizer):
             raise ValueError(f"Muon expects matrices sharded over their rows, got {placement}")
         shape = torch.Size((len(stack), *like.shape))
         stride = (like.shape[0] * like.shape[1], like.shape[1], 1)
-        by_rows = DTensor.fromlocal_part(
+        by_rows = DTensor.from_local(
             stack.to(dtype), mesh, [Shard(1)], run_check=False, shape=shape, stride=stride
         )
-        by_matrix = by_rows.redistribute(placements=[Shard(0)]).tolocal_part()
+        by_matrix = by_rows.redistribute(placements=[Shard(0)]).to_local()
         whole = polar_express(by_matrix, dtype) if len(by_matrix) else by_matrix
-        result = DTensor.fromlocal_part(
+        result = DTensor.from_local(
             whole.contiguous(), mesh, [Shard(0)], run_check=False, shape=shape, stride=stride
         )
-        return result.redistribute(placements=[Shard(1)]).tolocal_part()
+        return result.redistribute(placements=[Shard(1)]).to_local()
 
 
 def _average_dim(matrix: Tensor) -> int:
