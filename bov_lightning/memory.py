@@ -155,7 +155,7 @@ def plan_memory(recipe: Recipe, layout: Layout, n_micro: int) -> dict[str, Any]:
     collects = gc.isenabled()
     # The result must not depend on when Python looks for cycles; it also takes a fifth of the time.
     gc.disable()
-    attention._window_mask.cache_clear()
+    _forget_masks()
     kind = "cuda" if layout.cuda else "cpu"
     logits = dict.fromkeys(loss.LOGITS_PER_CHUNK, loss.LOGITS_PER_CHUNK[kind])
     if layout.shards or layout.half:
@@ -170,9 +170,14 @@ def plan_memory(recipe: Recipe, layout: Layout, n_micro: int) -> dict[str, Any]:
         ):
             return _simulate(recipe, layout, n_micro, *world)
     finally:
-        attention._window_mask.cache_clear()  # it holds tensors without content now
+        _forget_masks()  # they are tensors without content now
         if collects:
             gc.enable()
+
+
+def _forget_masks() -> None:
+    attention._window_mask.cache_clear()
+    attention._band_mask.cache_clear()
 
 
 @contextmanager
@@ -218,8 +223,8 @@ def _without_compiler() -> Iterator[None]:
 
 
 def _fused_attention(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float,
-    enable_gqa: bool,
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
+    scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     """What F.scaled_dot_product_attention does on a CPU, which reads grouped heads as they are."""
     if attn_mask is not None:

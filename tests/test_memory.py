@@ -16,7 +16,7 @@ from bov_lightning.budget import accumulation
 from bov_lightning.cli import main
 from bov_lightning.errors import UserError
 from bov_lightning.memory import KINDS, Layout, parse_bytes, plan_memory, read_layout
-from bov_lightning.model.attention import _window_mask
+from bov_lightning.model.attention import _band_mask, _window_mask
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.recipe import Recipe, build, merge
 
@@ -153,7 +153,8 @@ def test_the_simulation_leaves_nothing_behind():
     assert not torch.distributed.is_initialized()
     model, rows = Transformer(recipe_of().model.config), torch.zeros(1, 257, dtype=torch.int64)
     assert torch.isfinite(model(rows[:, :-1], rows[:, 1:]))
-    assert type(_window_mask(4, 2, torch.device("cpu"))) is torch.Tensor
+    for mask in (_window_mask, _band_mask):
+        assert type(mask(128, 128, torch.device("cpu"))) is torch.Tensor
 
 
 @pytest.mark.slow
