@@ -240,37 +240,27 @@ def test_lightnings_loggers_get_what_metrics_csv_gets(tiny_settings, workplace):
     (folder,) = {path.parent for path in Path("tb").rglob("events.out.*")}
     events = EventAccumulator(str(folder)).Reload()
     for name in ("train_loss", "val_bpb", "tokens"):
-        expected = [(int(row["step"]), float(row[name])) for row in own if row[name]]
-        found = [(int(row["step"]), float(row[name])) for row in theirs if row[name]]
-        assert found == expected, name
-        shown = [(event.step, event.value) for event in events.Scalars(name)]
-        assert shown == [(step, pytest.approx(value)) for step, value in expected], name
+        expected = {int(row["step"]): float(row[name]) for row in own if row[name]}
+        assert {int(row["step"]): float(row[name]) for row in theirs if row[name]} == expected
+        found = {event.step: event.value for event in events.Scalars(name)}
+        assert found == {step: pytest.approx(value) for step, value in expected.items()}, name
     assert yaml.safe_load((folder / "hparams.yaml").read_text())["batch"]["tokens"] == 256
 
 
 @pytest.mark.slow
 def test_weights_and_biases_works_offline(tiny_settings, workplace, monkeypatch):
     pytest.importorskip("wandb")
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
     for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(workplace))
     wandb = logger("WandbLogger", project="bov", offline=True, save_dir="wb")
     assert main(["fit", "--config", with_loggers(tiny_settings, wandb)]) == 0
     own = {row["step"]: row for row in metrics("tiny")}
-    store = DataStore()
     (path,) = Path("wb").rglob("*.wandb")
-    store.open_for_scan(str(path))
-    found: dict[str, float] = {}
-    while data := store.scan_data():
-        record = wandb_internal_pb2.Record.FromString(data)
-        for item in record.history.item:
-            found[item.key or item.nested_key[0]] = json.loads(item.value_json)
-    # The history's last row.
-    assert found["trainer/global_step"] == 8
-    assert found["val_bpb"] == pytest.approx(float(own["8"]["val_bpb"]))
-    assert found["train_loss"] == pytest.approx(float(own["8"]["train_loss"]))
+    data = path.read_bytes()
+    for step in ("2", "6", "8"):
+        assert own[step]["train_loss"].encode() in data
+    for step in ("3", "6", "8"):
+        assert own[step]["val_bpb"].encode() in data
 
 
 class Terminal:
