@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bov_lightning.budget import meta_model
 from bov_lightning.errors import UserError
-from bov_lightning.model import attention, loss, transformer
+from bov_lightning.model import attention, layers, loss, transformer
 from bov_lightning.model.config import TransformerConfig
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.optim import muon_adamw
@@ -358,6 +358,7 @@ def _as_on_cuda() -> Iterator[None]:
         patch.object(transformer, "make_masks", no_masks),
         # Fused on a GPU: as layer_norm, it keeps its input and a number or two per row.
         patch.object(F, "rms_norm", F.layer_norm),
+        patch.object(layers._RMSNorm, "apply", lambda x: F.layer_norm(x, x.shape[-1:])),
     ):
         yield
 

@@ -249,11 +249,12 @@ def test_lightnings_loggers_get_what_metrics_csv_gets(tiny_settings, workplace):
 
 @pytest.mark.slow
 def test_weights_and_biases_works_offline(tiny_settings, workplace, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(workplace))
-    wandb = logger("WandbLogger", project="bov", offline=True, save_dir="wb")
-    assert main(["fit", "--config", with_loggers(tiny_settings, wandb)]) == 0
+    offline = logger("WandbLogger", project="bov", offline=True, save_dir="wb")
+    assert main(["fit", "--config", with_loggers(tiny_settings, offline)]) == 0
+    wandb.finish()  # as a process does that ends
     own = {row["step"]: row for row in metrics("tiny")}
     (path,) = Path("wb").rglob("*.wandb")
     data = path.read_bytes()
