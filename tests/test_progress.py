@@ -216,6 +216,9 @@ def test_lines_say_the_difference_to_the_reference(tiny_recipe, capsys):
     assert " to first" not in error
 
 
+BOV = [sys.executable, "-m", "bov_lightning.cli"]
+
+
 def logger(name: str, **arguments) -> dict:
     return {"class_path": f"lightning.pytorch.loggers.{name}", "init_args": arguments}
 
@@ -249,12 +252,12 @@ def test_lightnings_loggers_get_what_metrics_csv_gets(tiny_settings, workplace):
 
 @pytest.mark.slow
 def test_weights_and_biases_works_offline(tiny_settings, workplace, monkeypatch):
-    wandb = pytest.importorskip("wandb")
+    pytest.importorskip("wandb")
     for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(workplace))
     offline = logger("WandbLogger", project="bov", offline=True, save_dir="wb")
-    assert main(["fit", "--config", with_loggers(tiny_settings, offline)]) == 0
-    wandb.finish()  # as a process does that ends
+    command = [*BOV, "fit", "--config", with_loggers(tiny_settings, offline)]
+    subprocess.run(command, check=True)  # its file is whole when the process has ended
     own = {row["step"]: row for row in metrics("tiny")}
     (path,) = Path("wb").rglob("*.wandb")
     data = path.read_bytes()
@@ -275,7 +278,7 @@ class Terminal:
         self.resize(columns, lines)
         environment = {name: os.environ[name] for name in os.environ if name != "FORCE_COLOR"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "bov_lightning.cli", *arguments],
+            [*BOV, *arguments],
             stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
             env=environment | {"TERM": "xterm-256color"},
         )  # fmt: skip
