@@ -1,8 +1,10 @@
 """Writes what the pages take from the code, so that neither can grow old.
 
-    python docs/write_pages.py                    keys.md, from the configs' own docstrings
-    python docs/write_pages.py commands.md RUNS   runs the page's commands in the folder RUNS, and
-                                                  puts what they print beneath each
+python docs/write_pages.py
+    keys.md, from the configs' own docstrings
+python docs/write_pages.py commands.md FOLDER [PATTERN]
+    runs the page's commands (that match) in a folder that has the quickstart's run, and puts what
+    they print beneath each
 """
 
 import dataclasses
@@ -151,10 +153,12 @@ def keys() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def record(page: str, run: Callable[[str], str]) -> str:
+def record(page: str, run: Callable[[str], str], pattern: str = "") -> str:
     """The page with ``run(commands)`` beneath every block of commands that shows its output."""
 
     def replaced(found: re.Match) -> str:
+        if not re.search(pattern, found["commands"]):
+            return found[0]
         output = run(found["commands"]).rstrip("\n")
         return f"```bash\n{found['commands']}```\n\n```text\n{output}\n```"
 
@@ -180,7 +184,7 @@ def run_in(folder: Path) -> Callable[[str], str]:
 
 if __name__ == "__main__":
     if sys.argv[1:]:
-        path = DOCS / sys.argv[1]
-        path.write_text(record(path.read_text(encoding="utf-8"), run_in(Path(sys.argv[2]))))
+        path, run = DOCS / sys.argv[1], run_in(Path(sys.argv[2]))
+        path.write_text(record(path.read_text(encoding="utf-8"), run, *sys.argv[3:]))
     else:
         (DOCS / "keys.md").write_text(keys(), encoding="utf-8")
