@@ -51,7 +51,8 @@ def _type(annotation: typing.Any) -> str:
     if typing.get_origin(annotation) is list:
         return f"list of {_type(typing.get_args(annotation)[0])}"
     if dataclasses.is_dataclass(annotation):
-        return "section"
+        names = [field.name for field in dataclasses.fields(annotation)]
+        return f"mapping of {', '.join(names[:-1])} and {names[-1]}"
     if typing.get_origin(annotation) is dict:
         return "mapping"
     return f"class_path of a {annotation.__name__}"
@@ -95,7 +96,7 @@ def _fields(cls: type, key: str) -> list[tuple[str, ...]]:
     for field in dataclasses.fields(cls):
         here = f"{key}.{field.name}".lstrip(".")
         if _section_of(hints[field.name]):
-            link = f"[`{here}`](#{here.replace('.', '')})"
+            link = f"[`{field.name}`](#{here.replace('.', '')})"
             rows.append((link, _cell(described[field.name]), "section", ""))
             continue
         default = field.default
@@ -105,8 +106,8 @@ def _fields(cls: type, key: str) -> list[tuple[str, ...]]:
                 if field.default_factory is dataclasses.MISSING
                 else field.default_factory()
             )
-        row = (f"`{here}`", _cell(described[field.name]), _type(hints[field.name]), _yaml(default))
-        rows.append(row)
+        what = _cell(described[field.name])
+        rows.append((f"`{field.name}`", what, _type(hints[field.name]), _yaml(default)))
     return rows
 
 
@@ -127,14 +128,14 @@ def keys() -> str:
         "# Keys of a recipe",
         "<!-- Written by docs/write_pages.py from the docstrings: change those. -->",
         "Every key with its meaning, type and default. `bov fit --keys` prints the same in a "
-        "terminal; [recipes.md](recipes.md) tells how files are put together.",
+        "terminal; [Recipes](recipes.md) tells how files are put together.",
     ]
     for key, cls in sections(Recipe):
         parts += [f"## {key or 'The whole recipe'}", cls.__doc__.strip(), _table(_fields(cls, key))]
     parts += [
         "## Classes that a recipe names",
-        "Given as `class_path` and `init_args`. [data.md](data.md) explains the first seven, "
-        "[clusters.md](clusters.md) the last.",
+        "Given as `class_path` and `init_args`. [Data](data.md) explains all but the last, "
+        "which [Clusters](clusters.md) does.",
     ]
     classes = [getattr(data_modules, name) for name in (
         "PackedDataModule", "StreamingDataModule", "StandardLibrary", "TextFiles", "HubDataset",
