@@ -1,10 +1,12 @@
 """Every command, snippet and link in README.md, CONTRIBUTING.md and docs/ is run or checked."""
 
 import ast
+import contextlib
 import difflib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -97,14 +99,24 @@ def test_make_targets_in_the_texts_exist():
     )
 
 
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory) -> Path:
+    """What the pages suppose: the quickstart's run and the baseline's, two steps long."""
+    folder = tmp_path_factory.mktemp("runs")
+    with contextlib.chdir(folder):
+        for overlay in ([], ["--config", "values/standard"]):
+            assert main(["fit", "--config", "quickstart", *overlay, *CUT["fit"]]) == 0
+    return folder
+
+
 @pytest.fixture
-def home(workplace, monkeypatch) -> Path:
-    """A directory with what the pages suppose: recipes, examples, CORE and two short runs."""
+def home(two_runs, workplace, monkeypatch) -> Path:
+    """The two runs, recipes, examples and the files of CORE."""
+    for name in ("runs", "data"):
+        shutil.copytree(two_runs / name, workplace / name)
     for path in (REPOSITORY / "recipes", REPOSITORY / "examples", SHARED / "eval_bundle"):
         (workplace / path.name).symlink_to(path)
     monkeypatch.setattr("sys.path", [*sys.path])
-    for overlay in ([], ["--config", "values/standard"]):
-        assert main(["fit", "--config", "quickstart", *overlay, *CUT["fit"]]) == 0
     return workplace
 
 

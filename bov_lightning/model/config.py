@@ -37,7 +37,7 @@ class ValueConfig:
     both terms; learned gives a*V + b*source (a starts at 1, b at 0); gate gives V + gate*source."""
 
     shared: bool = False
-    """Whether all target layers share one table (a bank, or a source of your own that allows it)."""
+    """Whether all target layers share one table (a bank, or a source of your own that can)."""
 
     def __post_init__(self):
         from bov_lightning.model.values import source_class
