@@ -13,3 +13,5 @@ html_theme = "furo"
 html_title = f"bov-lightning {release}"
 html_show_copyright = False
 html_show_sourcelink = False
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
