@@ -168,7 +168,8 @@ def record(page: str, run: Callable[[str], str], pattern: str = "") -> str:
 
 def run_in(folder: Path) -> Callable[[str], str]:
     """Runs commands in a shell there, as a terminal of WIDTH columns would show them."""
-    environment = os.environ | {"COLUMNS": str(WIDTH), "PYTHONWARNINGS": "ignore"}
+    quiet = {"PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1"}
+    environment = os.environ | quiet | {"COLUMNS": str(WIDTH)}
 
     def run(commands: str) -> str:
         print(commands, end="", file=sys.stderr)
