@@ -8,7 +8,7 @@ from optim.test_sharded import SIZES, check_same_training, train_and_save
 from processes import in_processes
 from test_training import assert_same_end, fit
 from torch.utils.flop_counter import FlopCounterMode
-from variants import OVERLAYS, PATHS, make_model, perturb, token_ids
+from variants import OVERLAYS, PATHS, make_model, mostly_slow, perturb, token_ids
 
 import bov_lightning
 from bov_lightning.budget import BudgetConfig, make_plan
@@ -16,6 +16,8 @@ from bov_lightning.checkpoint import complete_checkpoints
 from bov_lightning.model.config import TransformerConfig, ValueConfig
 from bov_lightning.optim.groups import OptimizerConfig, build_groups
 from bov_lightning.optim.muon_adamw import MuonAdamW
+
+FAST = {"bov", "value_embedding_gated", "context_plus_first_layer"}
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -32,7 +34,7 @@ def test_flops_are_those_of_the_products_that_run(name):
     assert (products - smear) * 3 == 128 * (model.flops_per_token() - attention)
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", mostly_slow(OVERLAYS, FAST))
 def test_one_optimizer_step_trains_every_parameter(name):
     model = perturb(make_model(OVERLAYS[name]), smear=0.5)
     groups = build_groups(model, OptimizerConfig(), model.config, 0)
@@ -49,7 +51,7 @@ def test_one_optimizer_step_trains_every_parameter(name):
         assert not torch.equal(p, before[parameter]), parameter
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", mostly_slow(OVERLAYS, FAST))
 def test_planned_parameters_and_caches_are_the_real_ones(name):
     model = make_model(OVERLAYS[name], window_pattern="L")
     plan = make_plan(model.config, BudgetConfig(steps=1), 1)
