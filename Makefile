@@ -10,13 +10,14 @@ export PYTHONNOUSERSITE := 1
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help install quickstart test test-fast soak lint format
+.PHONY: help install quickstart test test-fast soak docs lint format
 
 help:
 	@echo "make quickstart   train, validate and sample a small model (about 5 minutes on 2 cores)"
 	@echo "make test         run every test that this machine can run"
 	@echo "make test-fast    run the tests that take under a minute"
 	@echo "make soak         kill one run at 30 random moments, and compare it with an undisturbed one"
+	@echo "make docs         make a website of docs/, in build/docs"
 	@echo "make lint         check style; make format puts it right"
 
 install: $(VENV)/installed
@@ -47,6 +48,12 @@ test-fast: install
 # kill -9 at 30 random moments of one run, half of them during a save (about 10 minutes).
 soak: install
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
+
+# keys.md is written from the docstrings; a broken link is an error.
+docs: install
+	$(BIN)/python docs/write_pages.py
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs build/docs
+	@echo "build/docs/README.html"
 
 lint: install
 	$(BIN)/ruff check .

@@ -71,6 +71,7 @@ def _read_recipe(known: argparse.Namespace, options: list[str], base: dict | Non
         *overlays, ("--data", text), ("command line", recipe.parse_options(options)),
     ):  # fmt: skip
         recipe.check_keys(overlay, str(origin))
+        recipe.import_source(overlay, str(origin))
         settings = recipe.merge(settings, overlay)
     origin = paths[-1] if paths else "recipe"
     if overlays and not (settings.get("run") or {}).get("name"):

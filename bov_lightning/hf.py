@@ -47,6 +47,7 @@ from bov_lightning.model import (
 )
 from bov_lightning.model.config import TransformerConfig
 from bov_lightning.model.transformer import Transformer
+from bov_lightning.model.values import BankOfValues, ValueSource, class_path, source_class
 from bov_lightning.nanochat import config_yaml
 from bov_lightning.placement import place
 
@@ -57,6 +58,9 @@ PARTS = (
     hf_model,
 )  # fmt: skip
 """The files of the network, each after those that it imports."""
+
+SELF_CONTAINED = {"torch", "transformers", *sys.stdlib_module_names}
+"""What the modelling file of an export may import."""
 
 LOGIT_TOLERANCE = 1e-5
 """How far an export's fp32 logits may be from its source's."""
@@ -73,7 +77,8 @@ def _is_own(node: ast.AST) -> bool:
 
 def _dropped(tree: ast.Module) -> Iterator[ast.AST]:
     """What a part of the assembled file leaves out: docstring, imports, own imports anywhere."""
-    yield tree.body[0]
+    if ast.get_docstring(tree) is not None:
+        yield tree.body[0]
     yield from (node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom))
     for node in ast.walk(tree):
         type_only = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
@@ -81,14 +86,48 @@ def _dropped(tree: ast.Module) -> Iterator[ast.AST]:
             yield node
 
 
-def modelling_source() -> str:
+def _parts(source: type[ValueSource]) -> Iterator[tuple[str, str]]:
+    """(name, source code) of each file; a value source of somebody's own is one of them."""
+    for part in PARTS:
+        yield part.__name__, inspect.getsource(part)
+        if part is values and source.__module__ != values.__name__:
+            yield source.__module__, _own_source(source)
+
+
+def _own_source(source: type[ValueSource]) -> str:
+    """The file of a value source from outside of the package, checked to fit into an export."""
+    try:
+        code = inspect.getsource(sys.modules[source.__module__])
+    except (OSError, TypeError):
+        raise UserError(
+            f"{class_path(source)} cannot be exported: it is in no file; make it a module"
+        ) from None
+    for node in ast.walk(ast.parse(code)):
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        outside = {name.partition(".")[0] for name in names} - SELF_CONTAINED - {"bov_lightning"}
+        renamed = _is_own(node) and (
+            isinstance(node, ast.Import) or any(alias.asname for alias in node.names)
+        )
+        if outside or renamed or getattr(node, "level", 0):
+            raise UserError(
+                f"{class_path(source)} cannot be exported: an export holds all of its code in one "
+                f"file, so its module cannot have the line `{ast.unparse(node)}`; torch, the "
+                "standard library and `from bov_lightning... import NAME` are possible"
+            )
+    # Known by its path there too, in whatever file it then is.
+    return f"{code}\n\n{source.__qualname__}.__module__ = {source.__module__!r}\n"
+
+
+def modelling_source(source: type[ValueSource] = BankOfValues) -> str:
     """The network and its `transformers` classes as one module that imports only torch and
-    transformers, made of this package's own files."""
+    transformers, made of this package's own files, and of that of ``source`` if it is another."""
     imports: set[str] = set()
     bodies = []
-    for part in PARTS:
-        source = inspect.getsource(part)
-        tree, lines = ast.parse(source), source.splitlines()
+    for name, code in _parts(source):
+        tree, lines = ast.parse(code), code.splitlines()
         for node in tree.body:
             if isinstance(node, ast.Import | ast.ImportFrom) and not _is_own(node):
                 imports.add(ast.unparse(node))
@@ -96,7 +135,8 @@ def modelling_source() -> str:
             for line in range(node.lineno - 1, node.end_lineno):
                 lines[line] = None
         body = "\n".join(line for line in lines if line is not None).strip()
-        bodies.append(f"# {part.__name__}: {ast.get_docstring(tree).splitlines()[0]}\n\n{body}")
+        title = (ast.get_docstring(tree) or "").partition("\n")[0]
+        bodies.append(f"# {name}: {title}\n\n{body}")
     head = (
         f'"""Transformer with Bank of Values (arXiv 2606.02780), made by bov-lightning '
         f'{__version__}. Apache-2.0."""'
@@ -152,7 +192,8 @@ def export(path: str | Path, output: Path, dtype: torch.dtype = torch.float32) -
     def write(aside: Path) -> None:
         hf_config(model.config, dtype=dtype, training_step=step, **special).save_pretrained(aside)
         GenerationConfig(**special).save_pretrained(aside)
-        (aside / f"{MODULE}.py").write_text(modelling_source(), encoding="utf-8")
+        source = source_class(model.config.value.source)
+        (aside / f"{MODULE}.py").write_text(modelling_source(source), encoding="utf-8")
         if tokenizer is not None:
             _write_tokenizer(checkpoint / TOKENIZER, aside, tokenizer.bos_token)
         weights = {f"model.{name}": t.contiguous() for name, t in model.state_dict().items()}

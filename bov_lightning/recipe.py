@@ -362,6 +362,22 @@ def check_keys(data: dict, origin: str, cls: type = Recipe, path: str = "") -> N
             raise UserError(f"{origin}: {here} is {value!r}, but must be a section with keys")
 
 
+def import_source(overlay: dict, origin: str) -> None:
+    """Imports the module of a value source that ``overlay`` names by its class path.
+
+    For recipes that the user gives; what a checkpoint names is not imported for it.
+    """
+    value = ((overlay.get("model") or {}).get("config") or {}).get("value") or {}
+    if "." not in str(value.get("source")):
+        return
+    from bov_lightning.model.values import import_module_of
+
+    try:
+        import_module_of(str(value["source"]))
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from None
+
+
 def fill_vocab_size(settings: dict) -> dict:
     """``settings`` with model.config.vocab_size taken from the data's tokenizer, if it is null.
 

@@ -139,11 +139,11 @@ def test_accumulation_keeps_gradients_through_the_forward_pass():
 @pytest.mark.slow
 @pytest.mark.parametrize("accelerator", ["cpu", "gpu"])
 def test_value_variants_have_a_plan(accelerator):
-    from conftest import REPOSITORY
+    from variants import OUTSIDE, PAPER, PATHS
 
     from bov_lightning.recipe import read_yaml
 
-    for path in sorted((REPOSITORY / "recipes" / "values").glob("*.yaml"))[::5]:
+    for path in (*PAPER[::5], *(PATHS[name] for name in OUTSIDE)):
         found = plan(read_yaml(path), trainer(accelerator=accelerator), world=2)
         assert found["peak"] >= max(found[kind] for kind in KINDS), path
 

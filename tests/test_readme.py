@@ -1,159 +1,275 @@
-"""Every command and snippet in README.md and CONTRIBUTING.md runs."""
+"""Every command, snippet and link in README.md, CONTRIBUTING.md and docs/ is run or checked."""
 
+import ast
+import contextlib
+import difflib
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import textwrap
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY
+from conftest import REPOSITORY, SHARED, require
 
-from bov_lightning.cli import main
-from bov_lightning.recipe import Recipe, build, check_keys
+import bov_lightning
+from bov_lightning.cli import COMMANDS, main
+from bov_lightning.recipe import Recipe, build, check_keys, import_source
 
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-EVALUATION = (REPOSITORY / "docs" / "evaluation.md").read_text(encoding="utf-8")
-DATA = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
-CLUSTERS = (REPOSITORY / "docs" / "clusters.md").read_text(encoding="utf-8")
-MEMORY = (REPOSITORY / "docs" / "memory.md").read_text(encoding="utf-8")
-INFERENCE = (REPOSITORY / "docs" / "inference.md").read_text(encoding="utf-8")
-CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8")
+    for path in (
+        REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md",
+        *sorted((REPOSITORY / "docs").rglob("*.md")),
+    )
+}  # fmt: skip
+
+EXEMPT = {
+    r"make .*": "test_make_targets_in_the_texts_exist; make test would call itself",
+    r"bov fit .*bov-(135m|780m).*": "needs GPUs; test_shrunken_copy_of_every_recipe runs it small",
+    r"bov prepare .*bov-(135m|780m).*": "reads the hub; the quickstart's is run",
+    r"bov (import nanochat|generate imports/theirs) .*": "tests/model/test_parity.py imports",
+    r"torchrun .*": "tests/test_distributed.py starts ranks so",
+    r"bov submit (?!.*--dry-run).*": "needs SLURM; tests/slurm/test_slurm.py submits",
+    r"bov sweep (?!.*--dry-run).*": "trains several runs; tests/test_sweep.py does, small",
+    r"(\.venv/bin/)?python -m (pip|venv) .*": "installs for minutes; offline.md: how it was tried",
+    r"(BOV_OVERLAYS=\S+ )?python -m pytest .*": "is this suite",
+}
+"""Commands that are not run here, by a pattern of the whole line, and why."""
+
+CUT = {
+    "fit": ["--model.budget.steps", "2", "--validation.tokens", "2048", "--evaluation.tasks", "[]"],
+    "evaluate": ["--tasks", "core_copa", "--max-per-task", "20"],
+}
+"""What makes a command short: steps, and the tasks of CORE."""
 
 
 def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```", text, re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(block) for _, block in found]
 
 
 def commands(text: str) -> list[str]:
     lines = "\n".join(blocks(text, "bash")).splitlines()
-    return [line.split("#")[0].strip() for line in lines]
+    return [line for line in (re.sub(r"\s+#.*", "", line).strip() for line in lines) if line]
+
+
+def is_exempt(line: str) -> bool:
+    return any(re.fullmatch(pattern, line) for pattern in EXEMPT)
+
+
+def write_pages():
+    """The module docs/write_pages.py."""
+    spec = spec_from_file_location("write_pages", REPOSITORY / "docs" / "write_pages.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_exemptions_are_needed():
+    lines = [line for text in PAGES.values() for line in commands(text)]
+    for pattern in EXEMPT:
+        assert any(re.fullmatch(pattern, line) for line in lines), pattern
+
+
+def test_every_command_is_one_that_can_be_run():
+    """A line is ours, an `export`, or exempt: nothing is left out silently."""
+    for name, text in PAGES.items():
+        for line in commands(text):
+            known = re.match(r"(\w+=\S+ )*(bov|export) ", line) or is_exempt(line)
+            assert known, f"{name}: {line}"
 
 
 def test_make_targets_in_the_texts_exist():
-    targets = {line for text in (README, CONTRIBUTING) for line in commands(text) if "make" in line}
-    assert {"make quickstart", "make test"} <= targets
-    names = sorted(target.removeprefix("make ") for target in targets)
-    subprocess.run(["make", "--dry-run", *names], cwd=REPOSITORY, check=True, capture_output=True)
+    targets = {
+        line.removeprefix("make ")
+        for text in PAGES.values()
+        for line in commands(text)
+        if line.startswith("make ")
+    }
+    assert {"quickstart", "test", "docs"} <= targets
+    subprocess.run(
+        ["make", "--dry-run", *sorted(targets)], cwd=REPOSITORY, check=True, capture_output=True
+    )
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory) -> Path:
+    """What the pages suppose: the quickstart's run and the baseline's, two steps long."""
+    folder = tmp_path_factory.mktemp("runs")
+    with contextlib.chdir(folder):
+        for overlay in ([], ["--config", "values/standard"]):
+            assert main(["fit", "--config", "quickstart", *overlay, *CUT["fit"]]) == 0
+    return folder
+
+
+@pytest.fixture
+def home(two_runs, workplace, monkeypatch) -> Path:
+    """The two runs, recipes, examples and the files of CORE."""
+    for name in ("runs", "data"):
+        shutil.copytree(two_runs / name, workplace / name)
+    for path in (REPOSITORY / "recipes", REPOSITORY / "examples", SHARED / "eval_bundle"):
+        (workplace / path.name).symlink_to(path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    return workplace
+
+
+def run_line(line: str, monkeypatch) -> None:
+    """One line of a page, in this process; training and CORE are cut short."""
+    words = shlex.split(line.partition("|")[0].replace("2>&1", ""))
+    while re.match(r"\w+=", words[0]) or words[0] == "export":
+        if words[0] != "export":
+            name, _, value = words[0].partition("=")
+            monkeypatch.setenv(name, value)
+            sys.path += [value] if name == "PYTHONPATH" else []
+        if not words[1:]:
+            return
+        words = words[1:]
+    assert words[0] == "bov", line
+    command, *arguments = words[1:]
+    if command == "fit" and "--keys" not in arguments:
+        arguments += CUT["fit"]
+    if command == "evaluate" and "heldout" not in arguments:
+        arguments += CUT["evaluate"]
+    if "--trainer.devices" in arguments:
+        # Several processes repeat the command line. Twice: it starts, and it resumes.
+        program = [sys.executable, "-m", "bov_lightning.cli", command, *arguments]
+        for steps in ("2", "3"):
+            again = [*program, "--model.budget.steps", steps]
+            result = subprocess.run(again, capture_output=True, text=True, check=True)
+        assert "resuming runs/two from step 2" in result.stderr
+        return
+    # A page shows a failure by what it prints.
+    assert main([command, *arguments]) == (2 if "| tail -n 1" in line else 0), line
 
 
 @pytest.mark.slow
-def test_readme_commands_run(workplace, capsys):
-    """As written, in order, in an empty directory; training is cut to two steps."""
+@pytest.mark.parametrize(
+    "name", [n for n, text in PAGES.items() if not all(map(is_exempt, commands(text)))]
+)
+def test_commands_run(name, home, monkeypatch, capsys):
+    """As written, in order."""
+    if "--data-dir" in PAGES[name]:
+        require((home / "eval_bundle").is_dir(), "shared", "the CORE files are not there")
+    for line in commands(PAGES[name]):
+        if not is_exempt(line):
+            run_line(line, monkeypatch)
+    for snippet in blocks(PAGES[name], "python"):
+        if "\nclass " not in snippet:  # the worked example, which is tested as a file
+            exec(snippet, {})
+    if any("--compare" in line for line in commands(PAGES[name])):
+        assert "minus runs/quickstart-standard, paired by row" in capsys.readouterr().out
+
+
+def test_python_is_python():
+    for text in PAGES.values():
+        for snippet in blocks(text, "python"):
+            ast.parse(snippet)
+
+
+@pytest.mark.slow
+def test_recorded_output_is_what_commands_print(workplace, monkeypatch):
+    """Of those that need no run: the rest was true on the machine that it was recorded on."""
     (workplace / "recipes").symlink_to(REPOSITORY / "recipes")
-    lines = [line for line in commands(README) if line.startswith("bov ")]
-    assert len(lines) >= 5
-    for line in lines:
-        arguments = shlex.split(line)[1:]
-        if arguments[0] == "fit":
-            arguments += ["--model.budget.steps", "2", "--validation.tokens", "2048"]
-        if "--trainer.devices" in arguments:
-            # Twice: it starts, and it resumes. Several processes repeat the command line.
-            command = [sys.executable, "-m", "bov_lightning.cli", *arguments]
-            for steps in ("2", "3"):
-                again = [*command, "--model.budget.steps", steps]
-                result = subprocess.run(again, capture_output=True, text=True, check=True)
-            assert "resuming runs/two from step 2" in result.stderr
-            assert "val_bpb" in result.stdout
-        else:
-            assert main(arguments) == 0, line
-    assert "val_bpb" in capsys.readouterr().out
-    assert (workplace / "runs" / "quickstart-standard").is_dir()
-
-    for line in filter(
-        None, commands(DATA) + commands(MEMORY) + commands(CLUSTERS) + commands(INFERENCE)
-    ):
-        # Those of a cluster need one, and GPUs; tests/slurm and tests/test_distributed.py run them.
-        if line in commands(CLUSTERS) and "--dry-run" not in line:
+    pages = write_pages()
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    run, checked = pages.run_in(workplace), 0
+    for found in pages.COMMANDS.finditer(PAGES["docs/commands.md"]):
+        if not re.match(r"bov (--help|recipes|plan)", found["commands"]):
             continue
-        assert main(shlex.split(line)[1:]) == 0, line
-
-    for snippet in (*blocks(INFERENCE, "python"), *blocks(README, "python")):
-        names: dict = {}
-        exec(snippet, names)
-    assert names["logits"].shape == (*names["token_ids"].shape, 4096)
+        expected, output = found["output"].rstrip("\n"), run(found["commands"])
+        assert output == expected, "\n".join(difflib.ndiff([expected], [output]))
+        checked += 1
+    assert checked >= 4
 
 
-@pytest.mark.slow
-def test_evaluation_commands_run(workplace, shared, capsys):
-    """As written, in order; the runs are two steps long and CORE is cut to a task of few rows."""
-    (workplace / "eval_bundle").symlink_to(shared / "eval_bundle")
-    for overlay in ([], ["--config", "values/standard"]):
-        arguments = ["fit", "--config", "quickstart", *overlay, "--model.budget.steps", "2"]
-        assert main([*arguments, "--validation.tokens", "2048"]) == 0
-    for line in commands(EVALUATION):
-        cut = ["--tasks", "core_copa", "--max-per-task", "20"] if "--data-dir" in line else []
-        assert main([*shlex.split(line)[1:], *cut]) == 0, line
-    assert "minus runs/quickstart-standard, paired by row" in capsys.readouterr().out
-
-
-def test_command_table_names_the_commands_that_exist(capsys):
-    from bov_lightning.cli import COMMANDS
-
-    assert set(re.findall(r"^\| `bov (\w+)", README, re.MULTILINE)) == set(COMMANDS)
+def test_every_command_has_its_row_and_its_section(capsys):
+    assert set(re.findall(r"^\| `bov (\w+)", PAGES["README.md"], re.MULTILINE)) == set(COMMANDS)
+    sections = re.findall(r"^## bov (\w+)$", PAGES["docs/commands.md"], re.MULTILINE)
+    assert set(sections) == set(COMMANDS)
     assert main(["--help"]) == 0
     assert set(re.findall(r"^  (\w+)  ", capsys.readouterr().out, re.MULTILINE)) == set(COMMANDS)
 
 
+def test_keys_are_those_of_the_code():
+    assert PAGES["docs/keys.md"] == write_pages().keys(), "run: python docs/write_pages.py"
+
+
 def test_yaml_snippets_are_valid():
-    for text in blocks(README, "yaml") + blocks(EVALUATION, "yaml"):
-        data = yaml.safe_load(text)
-        check_keys(data, "README.md")
-        build(Recipe, data, "README.md")
-
-
-def test_data_snippets_name_classes_and_arguments_that_exist():
+    """Whole recipes and parts of them; a part of the data section names what exists."""
     from bov_lightning.training import _check_class
 
-    snippets = [yaml.safe_load(text) for text in blocks(DATA, "yaml")]
-    assert len(snippets) >= 4
-    for snippet in snippets:
-        _check_class(snippet.get("data") or snippet["source"], "data", "docs/data.md")
+    n_recipe = 0
+    for name, text in PAGES.items():
+        for snippet in blocks(text, "yaml"):
+            data = yaml.safe_load(snippet)
+            if set(data) == {"source"}:
+                _check_class(data["source"], "data", name)
+                continue
+            check_keys(data, name)
+            import_source(data, name)
+            build(Recipe, data, name)
+            if data.get("data"):
+                _check_class(data["data"], "data", name)
+            n_recipe += 1
+    assert n_recipe >= 5
 
 
-def test_links_to_files_exist():
-    for folder, text in ((".", README), (".", CONTRIBUTING), ("docs", CLUSTERS)):
-        for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
-            assert (REPOSITORY / folder / target).exists(), target
+def without_code(text: str) -> str:
+    return re.sub(r"^( *)```.*?^\1```", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.slow
-def test_worked_example_of_a_value_source(tmp_path):
-    """CONTRIBUTING's class and YAML, in a process of their own, train and stay causal."""
-    (source,) = blocks(CONTRIBUTING, "python")
-    (overlay,) = blocks(CONTRIBUTING, "yaml")
-    program = f'''
-import torch, yaml
-import torch.nn.functional as F
-from bov_lightning import Transformer, TransformerConfig, ValueConfig
-from bov_lightning.model.layers import rms_norm
-from bov_lightning.model.values import ValueSource
+def anchors(text: str) -> set[str]:
+    """What headings are called in links, as code hosts and MyST do it."""
+    titles = re.findall(r"^#+ (.+)$", without_code(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
-{source}
-value = ValueConfig(**yaml.safe_load("""{overlay}""")["model"]["config"]["value"])
-shape = dict(n_layer=3, n_head=2, n_kv_head=2, d_model=32, vocab_size=64)
-model = Transformer(TransformerConfig(**shape, value=value))
-for block in model.blocks:
-    torch.nn.init.normal_(block.attention.output.weight, std=0.1)
-torch.nn.init.normal_(model.head.weight, std=0.1)
-ids = torch.arange(20)[None]
-model(ids[:, :-1], ids[:, 1:]).backward()
-assert all(p.grad is not None for p in model.parameters())
-changed = ids.clone()
-changed[0, 10] = 63
-assert torch.equal(model(ids)[:, :10], model(changed)[:, :10])
-with torch.no_grad():
-    cache = model.new_cache(1, 20)
-    pieces = [model(piece, cache=cache) for piece in ids.split((7, 1, 12), dim=1)]
-    assert torch.allclose(torch.cat(pieces, 1), model(ids), atol=1e-5)
-standard = Transformer(TransformerConfig(**shape))
-assert model.flops_per_token() == standard.flops_per_token()
-'''
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    """Files, headings, images, also in raw HTML; `make docs` checks them its own way."""
+    text = without_code(PAGES[name])
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:src|href)=\"([^\"]+)\"", text)
+    for target in targets:
+        if target.startswith("https://"):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (REPOSITORY / name).parent / file if file else REPOSITORY / name
+        assert path.exists(), f"{name}: {target}"
+        if anchor:
+            assert anchor in anchors(path.read_text(encoding="utf-8")), f"{name}: {target}"
+
+
+def test_the_worked_example_is_the_one_that_is_tested():
+    """value-sources.md shows the files that tests/variants.py runs through everything."""
+    (shown,) = blocks(PAGES["docs/value-sources.md"], "python")
+    assert shown == (REPOSITORY / "examples" / "low_rank_bank.py").read_text(encoding="utf-8")
+    (overlay,) = blocks(PAGES["docs/value-sources.md"], "yaml")
+    assert overlay == (REPOSITORY / "examples" / "low_rank_bank.yaml").read_text(encoding="utf-8")
+
+
+def test_the_citation_is_valid():
+    """Against what the format requires: see the Citation File Format 1.2.0."""
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["version"] == bov_lightning.__version__
+    assert {"message", "title", "authors"} <= set(citation)
+    paper = citation["preferred-citation"]
+    assert {"type", "title", "authors"} <= set(paper)
+    for author in (*citation["authors"], *paper["authors"]):
+        assert "family-names" in author or "name" in author
+    names = [author["family-names"] for author in paper["authors"]]
+    assert names == ["He", "Liu", "Huang", "Zhang"]
+    assert "2606.02780" in paper["url"]
 
 
 def test_version_of_torch_is_pinned():
-    assert re.search(r"^torch==", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)
     pinned = re.search(r"^torch==(.+)$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)
     assert torch.__version__.startswith(pinned[1])

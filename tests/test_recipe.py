@@ -7,6 +7,7 @@ import yaml
 from conftest import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
+from variants import PATHS
 
 from bov_lightning.budget import meta_model
 from bov_lightning.cli import _read_recipe, _recipe_parser, main
@@ -14,7 +15,6 @@ from bov_lightning.errors import UserError
 from bov_lightning.recipe import Recipe, check_keys, known_keys, merge, nearest, parse_options
 
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
-OVERLAYS = sorted((REPOSITORY / "recipes").glob("values/*.yaml"))
 
 plain_data = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=3),
@@ -121,7 +121,7 @@ def test_vocabulary_is_filled_from_the_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-@pytest.mark.parametrize("overlay", [None, *OVERLAYS], ids=lambda path: path and path.stem)
+@pytest.mark.parametrize("overlay", [None, *PATHS.values()], ids=lambda path: path and path.stem)
 def test_every_recipe_builds_with_every_overlay(path, overlay):
     recipe, settings, _ = read_recipe(path, *(["--config", str(overlay)] if overlay else []))
     assert recipe.run.name == (f"{path.stem}-{overlay.stem}" if overlay else path.stem)

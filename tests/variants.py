@@ -1,4 +1,11 @@
-"""Small models of every value variant, with weights that let no path hide."""
+"""Small models of every value variant, with weights that let no path hide.
+
+A variant is an overlay: those of the paper's rows, the example's, and those of your own that
+BOV_OVERLAYS names (files, separated by commas), whose classes must be importable.
+"""
+
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,11 +14,23 @@ from conftest import REPOSITORY
 
 from bov_lightning.model.config import TransformerConfig, ValueConfig
 from bov_lightning.model.transformer import Transformer
+from bov_lightning.recipe import import_source
 
-OVERLAYS = {
-    path.stem: yaml.safe_load(path.read_text())["model"]["config"]["value"]
-    for path in sorted((REPOSITORY / "recipes" / "values").glob("*.yaml"))
-}
+PAPER = sorted((REPOSITORY / "recipes" / "values").glob("*.yaml"))
+EXAMPLES = sorted((REPOSITORY / "examples").glob("*.yaml"))
+OWN = [Path(name) for name in filter(None, os.environ.get("BOV_OVERLAYS", "").split(","))]
+PATHS = {path.stem: path for path in (*PAPER, *EXAMPLES, *OWN)}
+OUTSIDE = [path.stem for path in (*EXAMPLES, *OWN)]
+"""Variants whose class is not in the package: what the slow suite does for all is done for them."""
+
+
+def read_overlay(path: Path) -> dict:
+    overlay = yaml.safe_load(path.read_text())
+    import_source(overlay, str(path))
+    return overlay["model"]["config"]["value"]
+
+
+OVERLAYS = {name: read_overlay(path) for name, path in PATHS.items()}
 SMALL = {"n_layer": 6, "n_head": 4, "n_kv_head": 2, "d_model": 48, "vocab_size": 70}
 
 
@@ -43,4 +62,5 @@ def token_ids(n_token: int, n_row: int = 2, vocab_size: int = 70) -> torch.Tenso
 
 def mostly_slow(names, fast) -> list:
     """Parameters of a test that runs for a few variants at once and for all in the slow suite."""
+    fast = {*fast, *OUTSIDE}
     return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]

@@ -20,7 +20,8 @@ class ValueConfig:
 
     source: str = "context"
     """Where a value comes from: context (x W_V), first_layer (the first layer's value),
-    initial_embedding (x0 W_V) or bank (a learned table, looked up by token id)."""
+    initial_embedding (x0 W_V), bank (a learned table, looked up by token id), or the class path of
+    a source of your own, such as low_rank_bank.LowRankBank."""
 
     layers: (
         Literal["every", "every_second", "second_half", "last_two_thirds", "last_third"] | list[int]
@@ -36,14 +37,17 @@ class ValueConfig:
     both terms; learned gives a*V + b*source (a starts at 1, b at 0); gate gives V + gate*source."""
 
     shared: bool = False
-    """Whether all target layers share one table (bank only)."""
+    """Whether all target layers share one table (a bank, or a source of your own that can)."""
 
     def __post_init__(self):
         from bov_lightning.model.values import source_class
 
         source = source_class(self.source)
         if self.shared and not source.shareable:
-            raise UserError(f"value.shared needs source bank, not {self.source}: set shared: false")
+            raise UserError(
+                f"value.shared needs a source with a table, such as bank, not {self.source}: "
+                "set shared: false"
+            )
         if self.coefficient == "gate":
             if not source.gateable:
                 raise UserError(f"value.coefficient gate needs source bank, not {self.source}")

@@ -7,6 +7,9 @@ and with the layer's context value x W_V; the variants of the paper are such com
 Shapes: B batch, T time, C = d_model, V = n_kv_head * head_dim.
 """
 
+import importlib
+import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
@@ -41,7 +44,10 @@ class ValueInputs(NamedTuple):
 
 
 class ValueSource(nn.Module):
-    """One way of computing value vectors. Subclasses with a ``name`` are found by it in recipes."""
+    """One way of computing value vectors.
+
+    Recipes name the ones below by ``name``, a class of somebody's own by its class path.
+    """
 
     name: ClassVar[str]
     n_projection: ClassVar[int] = 0
@@ -82,6 +88,10 @@ class ValueSource(nn.Module):
     def vectors_read(self, n_past: int) -> int:
         """How many value vectors decoding one token after ``n_past`` reads at most."""
         return n_past
+
+    def matmul_parameters(self) -> int:
+        """Parameters of its own that one token is multiplied with; looking up a row is none."""
+        return 0
 
     def initialise(
         self, values: "LayerValues", prefix: str, embedding: Tensor, fill: Initialiser
@@ -180,12 +190,65 @@ class BankOfValues(ValueSource):
         fill.fill(self.table, rms_norm(embedding) @ projection.T)
 
 
+TRUSTED = "BOV_TRUSTED_MODULES"
+"""Variable that names the modules, separated by commas, that a checkpoint's class may come from."""
+
+
+def class_path(cls: type) -> str:
+    """``module.Class``, as recipes name a source of somebody's own."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def import_module_of(path: str) -> None:
+    """Imports the module of a class path, or raises a `UserError` where there is none."""
+    module, _, _ = path.rpartition(".")
+    if not all(part.isidentifier() for part in path.split(".")):
+        raise UserError(f"value.source {path!r} is no class path such as my_module.MySource")
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise UserError(
+            f"value.source {path} cannot be imported, since there is no module {error.name}: "
+            "install it, or put its folder on PYTHONPATH"
+        ) from None
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
+
+
 def source_class(name: str) -> type[ValueSource]:
-    """The value source of that name; an unknown one is a `UserError` that lists the known ones."""
-    sources = {cls.name: cls for cls in ValueSource.__subclasses__()}
-    if name not in sources:
-        raise UserError(f"value.source {name!r} is unknown: use one of {', '.join(sources)}")
-    return sources[name]
+    """The value source of that name, or of that class path.
+
+    A stranger's checkpoint is read by this too, so a class path is looked up among the classes that
+    are imported anyway; only a module that BOV_TRUSTED_MODULES names is imported for it. Those of
+    the user's own recipes are, before, by `bov_lightning.recipe.import_source`.
+
+    Raises:
+        UserError: an unknown name, with the known ones, or a class that is not imported.
+    """
+    module, _, _ = name.rpartition(".")
+    if module and module in os.environ.get(TRUSTED, "").split(","):
+        import_module_of(name)
+    known = list(_subclasses(ValueSource))
+    built_in = {cls.name: cls for cls in known if cls.__module__ == __name__}
+    # The last one of a path: a notebook may have run its cell again.
+    sources = {class_path(cls): cls for cls in known} | built_in
+    if name in sources:
+        return sources[name]
+    if module:
+        raise UserError(
+            f"value.source {name} is not imported: a recipe of yours that names it imports it, a "
+            f"checkpoint does not; if you trust that module, set {TRUSTED}={module}"
+        )
+    raise UserError(
+        f"value.source {name!r} is unknown: use one of {', '.join(built_in)}, or the class path of "
+        "a source of your own"
+    )
 
 
 class LayerValues(nn.Module):
@@ -277,7 +340,7 @@ class LayerValues(nn.Module):
         """Parameters that one token is multiplied with; a matrix applied twice counts twice."""
         projection = 0 if self.projection is None else self.projection.weight.numel()
         gate = 0 if self.gate is None else self.gate.weight.numel()
-        return self.n_projection * projection + gate
+        return self.n_projection * projection + gate + self._source.matmul_parameters()
 
     def initialise(self, prefix: str, embedding: Tensor, fill: Initialiser) -> None:
         """Fills all parameters; ``prefix`` is this module's name in the model."""

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from variants import OVERLAYS, SMALL, make_model, perturb, token_ids
+from variants import OVERLAYS, PAPER, SMALL, make_model, perturb, token_ids
 
 from bov_lightning.budget import meta_model
 from bov_lightning.errors import UserError
@@ -200,11 +200,11 @@ def test_named_layer_sets():
     assert layers(12, [11, 3]) == [3, 11]
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", [path.stem for path in PAPER])
 def test_overlays_are_the_rows_of_the_paper(name, shared):
     from parity import NAMES, read_rows
 
-    assert set(OVERLAYS) == set(NAMES)
+    assert {path.stem for path in PAPER} == set(NAMES)
     assert set(OVERLAYS[name]) == {field.name for field in dataclasses.fields(ValueConfig)}
     value = dataclasses.asdict(ValueConfig(**OVERLAYS[name]))
     assert value == read_rows(shared)["rows"][name]["value"]

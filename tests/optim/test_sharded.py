@@ -73,7 +73,12 @@ def train_and_save(rank: int, world: int, config, replicate: int, folder: Path) 
 )
 def test_sharded_steps_equal_whole_ones(config, world, replicate, tmp_path):
     in_processes(world, train_and_save, config, replicate, tmp_path)
-    found = torch.load(tmp_path / "weights.pt", weights_only=True)
+    check_same_training(config, tmp_path)
+
+
+def check_same_training(config, folder: Path) -> None:
+    """What `train_and_save` left in ``folder`` is what one process trains."""
+    found = torch.load(folder / "weights.pt", weights_only=True)
     expected = train(config, 0, 1, 1)
     assert found["norm"] == pytest.approx(expected.pop("norm").item(), rel=1e-5)
     for name, weight in expected.items():

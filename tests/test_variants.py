@@ -1,0 +1,96 @@
+"""What every value variant does besides computing logits: FLOPs, training, resuming, sharing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from optim.test_sharded import SIZES, check_same_training, train_and_save
+from processes import in_processes
+from test_training import assert_same_end, fit
+from torch.utils.flop_counter import FlopCounterMode
+from variants import OVERLAYS, PATHS, make_model, mostly_slow, perturb, token_ids
+
+import bov_lightning
+from bov_lightning.budget import BudgetConfig, make_plan
+from bov_lightning.checkpoint import complete_checkpoints
+from bov_lightning.model.config import TransformerConfig, ValueConfig
+from bov_lightning.optim.groups import OptimizerConfig, build_groups
+from bov_lightning.optim.muon_adamw import MuonAdamW
+
+FAST = {"bov", "value_embedding_gated", "context_plus_first_layer"}
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+@torch.no_grad()
+def test_flops_are_those_of_the_products_that_run(name):
+    """6 per matrix parameter is 2 in the forward pass; the smear's 24 channels do not count."""
+    model = make_model(OVERLAYS[name], vocab_size=128, sequence_len=128, window_pattern="L")
+    with FlopCounterMode(display=False) as counted:
+        model(token_ids(128, n_row=1))
+    counts = counted.get_flop_counts()["Global"]
+    products = sum(n for op, n in counts.items() if "mm" in str(op))
+    smear = 2 * 24 * 127
+    attention = 12 * 48 * 128 * 6
+    assert (products - smear) * 3 == 128 * (model.flops_per_token() - attention)
+
+
+@pytest.mark.parametrize("name", mostly_slow(OVERLAYS, FAST))
+def test_one_optimizer_step_trains_every_parameter(name):
+    model = perturb(make_model(OVERLAYS[name]), smear=0.5)
+    groups = build_groups(model, OptimizerConfig(), model.config, 0)
+    trained = [parameter for group in groups for parameter in group["params"]]
+    assert {id(p) for p in trained} == {id(p) for p in model.parameters()}
+    assert len(trained) == len(list(model.parameters()))
+    assert all(p.ndim == 2 for group in groups if group["kind"] == "muon" for p in group["params"])
+    optimizer = MuonAdamW(groups)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    ids = token_ids(65)
+    model(ids[:, :-1], ids[:, 1:]).backward()
+    optimizer.step()
+    for parameter, p in model.named_parameters():
+        assert not torch.equal(p, before[parameter]), parameter
+
+
+@pytest.mark.parametrize("name", mostly_slow(OVERLAYS, FAST))
+def test_planned_parameters_and_caches_are_the_real_ones(name):
+    model = make_model(OVERLAYS[name], window_pattern="L")
+    plan = make_plan(model.config, BudgetConfig(steps=1), 1)
+    assert plan["params"]["live"] == sum(p.numel() for p in model.parameters())
+    kept = sum(model.new_cache(1, 1000, dtype=torch.bfloat16).nbytes_per_layer)
+    shared = OVERLAYS[name]["source"] == "first_layer" and not OVERLAYS[name]["add_context"]
+    if not shared:  # the first layer's values serve its readers, but are there once more
+        assert plan["cache"]["bytes_per_token"] * 1000 == kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_a_resumed_run_ends_as_an_undisturbed_one(name, tiny_recipe):
+    overlay = ("--config", str(PATHS[name]))
+    whole = fit(tiny_recipe, *overlay, "--run.name", "whole")
+    fit(tiny_recipe, *overlay, "--run.name", "parts")
+    parts = Path("runs/parts")
+    for path in complete_checkpoints(parts)[2:]:
+        path.rename(path.with_name(f".{path.name}.partial"))
+    fit(tiny_recipe, *overlay, "--run.name", "parts")
+    assert_same_end(whole, parts)
+    model, _ = bov_lightning.load(parts)
+    ids, cache = token_ids(20, vocab_size=300), model.new_cache(2, 20)
+    with torch.inference_mode():
+        pieces = [model(piece, cache=cache) for piece in ids.split((12, 1, 7), dim=1)]
+        assert torch.allclose(torch.cat(pieces, dim=1), model(ids), atol=1e-4)
+
+
+def train_all(rank: int, world: int, folder: Path) -> None:
+    for name, value in OVERLAYS.items():
+        config = TransformerConfig(**SIZES, value=ValueConfig(**value))
+        train_and_save(rank, world, config, 1, folder / name)
+
+
+@pytest.mark.distributed
+def test_two_ranks_train_every_variant_as_one_does(tmp_path):
+    """FSDP2 over gloo; starting the ranks takes longer than training, so they do them all."""
+    for name in OVERLAYS:
+        (tmp_path / name).mkdir()
+    in_processes(2, train_all, tmp_path)
+    for name, value in OVERLAYS.items():
+        check_same_training(TransformerConfig(**SIZES, value=ValueConfig(**value)), tmp_path / name)
