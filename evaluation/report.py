@@ -96,7 +96,8 @@ def table(results: dict[str, Any]) -> str:
     lines = [f"{'task':<34}{'shots':>5}{'rows':>7}{'accuracy':>10}{'stderr':>8}{'chance':>8}"
              f"{'centred':>9}"]  # fmt: skip
     for name, values in results["results"].items():
-        if name in groups:
+        # lm-eval lists groups among the tasks, those that have no mean too.
+        if name in groups or results.get("group_subtasks", {}).get(name):
             continue
         lines += _task_lines(name, values, results)
     for group in groups:
