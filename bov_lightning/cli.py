@@ -66,7 +66,11 @@ def _read_recipe(known: argparse.Namespace, options: list[str], base: dict | Non
         raise UserError("give a recipe: --config recipes/quickstart.yaml")
     overlays = [(path := recipe.find_recipe(name), recipe.read_yaml(path)) for name in paths]
     settings = dict(base or {})
-    text = recipe.text_overlay(known.data, known.val_data)
+    # `--data {class_path: ...}` is the recipe's key.
+    whole = [option for option in known.data if option.lstrip().startswith("{")]
+    files = [option for option in known.data if option not in whole]
+    options = [x for option in whole for x in ("--data", option)] + options
+    text = recipe.text_overlay(files, known.val_data)
     for origin, overlay in (
         *overlays, ("--data", text), ("command line", recipe.parse_options(options)),
     ):  # fmt: skip

@@ -164,3 +164,24 @@ def test_shrunken_copy_of_every_recipe_trains_two_steps(path, tiny_settings, wor
     (workplace / "small.yaml").write_text(yaml.safe_dump(small))
     assert main(["fit", "--config", str(path), "--config", "small.yaml"]) == 0
     assert (workplace / "runs" / f"{path.stem}-small" / "checkpoints" / "step-00000002").is_dir()
+
+
+def test_data_names_text_files_or_is_the_section_itself():
+    files = ["--data", "a-*.txt", "--data", "c.txt", "--val-data", "b.txt"]
+    _, settings, _ = read_recipe("nano", *files)
+    arguments = settings["data"]["init_args"]
+    assert arguments["source"] == {
+        "class_path": "data_modules.TextFiles",
+        "init_args": {"train": ["a-*.txt", "c.txt"], "val": ["b.txt"]},
+    }
+    assert arguments["tokenizer"] == {"vocab_size": 4096}
+    # Text of its own is prepared in a directory of its own.
+    _, others, _ = read_recipe("nano", "--data", "c.txt", "--val-data", "b.txt")
+    directories = {s["data"]["init_args"]["directory"] for s in (settings, others)}
+    assert len(directories - {"data/nano"}) == 2
+
+    _, settings, _ = read_recipe("nano", "--data", "{class_path: data_modules.Other}")
+    assert settings["data"] == {"class_path": "data_modules.Other"}
+
+    with pytest.raises(UserError, match="--data and --val-data go together"):
+        read_recipe("nano", "--data", "a.txt")
