@@ -215,13 +215,16 @@ def run_here(rows: list[Row], n_job: int) -> None:
         _prepare(waiting[0])
     training: dict[int, tuple[Row, subprocess.Popen]] = {}
     failed: list[Row] = []
+    told = False
     with _Screen(rows) as screen, _signals() as received:
         while waiting or training:
             for slot in sorted(set(range(n_job)) - set(training)):
                 if not received and (started := _start_next(waiting, slots[slot])):
                     training[slot] = started
+            if waiting and not training and not told:
+                told = True
+                screen.say(f"another process trains {waiting[0].run}: waiting for it")
             time.sleep(POLL_S)
-            screen.show([row for row, _ in training.values()], waiting)
             for slot, (row, process) in list(training.items()):
                 if process.poll() is None:
                     continue
@@ -232,6 +235,7 @@ def run_here(rows: list[Row], n_job: int) -> None:
                     failed.append(row)
                     said = (row.run / LOG).read_text(errors="replace").splitlines()[-1:]
                     screen.say(f"{row.run.name} failed: {(said or [process.returncode])[0]}")
+            screen.show([row for row, _ in training.values()], waiting)
             if received:
                 number, code = STOP_SIGNALS[received[0]]
                 for row, process in training.values():
