@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY
 from test_training import fit
 from variants import OVERLAYS, make_model, perturb, token_ids
 
@@ -188,9 +187,8 @@ def test_an_export_needs_neither_the_package_nor_the_module(workplace):
     write_checkpoint(workplace / "ours", 3, model.state_dict(), config_yaml(model.config))
     export(workplace / "ours", workplace / "out")
     torch.save(model(token_ids(40)), workplace / "expected.pt")
-    program = f"""
+    program = """
 import sys
-sys.path[:] = [p for p in sys.path if not p.startswith({str(REPOSITORY)!r})]
 for name in ("bov_lightning", "low_rank_bank"):
     sys.modules[name] = None
 import torch

@@ -276,7 +276,9 @@ class Terminal:
         self.stream = pyte.ByteStream(self.screen)
         self.own, theirs = pty.openpty()
         self.resize(columns, lines)
-        environment = {name: os.environ[name] for name in os.environ if name != "FORCE_COLOR"}
+        # What would count for more than the terminal's own size and kind.
+        told = ("FORCE_COLOR", "COLUMNS", "LINES")
+        environment = {name: os.environ[name] for name in os.environ if name not in told}
         self.process = subprocess.Popen(
             [*BOV, *arguments],
             stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,

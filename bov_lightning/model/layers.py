@@ -17,12 +17,17 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Half the time of torch's, which on a CPU is made of many passes over memory."""
+    """Half the time of torch's, which on a CPU is made of many passes over memory.
+
+    It keeps its output, which the matrix that follows keeps anyway, unless autocast copies it.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = norm.square_().div_(x.shape[-1]).add_(torch.finfo(x.dtype).eps).rsqrt_()
+        # Squares beyond fp32 would train on as zeros: the guard must see them.
+        scale.masked_fill_(scale == 0, torch.nan)
         y = x * scale
         ctx.save_for_backward(y, scale)
         return y
