@@ -1,5 +1,6 @@
 """What a run shows: the live view in a real terminal, plain lines elsewhere, the reference."""
 
+import contextlib
 import csv
 import fcntl
 import json
@@ -365,11 +366,14 @@ def test_signals_leave_the_terminal_usable(tiny_recipe, number, code, words):
         before = termios.tcgetattr(terminal.own)
         terminal.read(until="learning rate")
         terminal.resize(45, 30)
-        while terminal.process.poll() is None:
+        found = None
+        while found is None:
             # Python may be where it swallows an interrupt, as in a callback of the collector.
             terminal.process.send_signal(number)
             terminal.read(seconds=60)
-        assert terminal.process.wait() == code
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                found = terminal.process.wait(30)
+        assert found == code
         assert termios.tcgetattr(terminal.own) == before
     assert not terminal.screen.cursor.hidden
     assert words in terminal.text.replace("\n", "")
