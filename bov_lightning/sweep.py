@@ -104,7 +104,8 @@ class Row:
         """How far the run is, for people."""
         measured = self.measured()
         bpb = f"  val_bpb {measured.val_bpb:.4f}" if measured.validated_step else ""
-        return f"step {measured.step}/{self.n_step}{bpb}"
+        # Checkpoints may come more often than rows of metrics.
+        return f"step {max(measured.step, self.step())}/{self.n_step}{bpb}"
 
     def is_finished(self) -> bool:
         """Whether the last checkpoint is there, validated, and evaluated if the recipe asks so."""
