@@ -10,13 +10,15 @@ export PYTHONNOUSERSITE := 1
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help install quickstart test test-fast soak docs lint format
+.PHONY: help install quickstart test test-fast soak bench gpu-check docs lint format
 
 help:
 	@echo "make quickstart   train, validate and sample a small model (about 5 minutes on 2 cores)"
 	@echo "make test         run every test that this machine can run"
 	@echo "make test-fast    run the tests that take under a minute"
 	@echo "make soak         kill one run at 30 random moments, and compare it with an undisturbed one"
+	@echo "make bench        run all benchmarks and compare with those before (under 10 minutes)"
+	@echo "make gpu-check    check the kernels and sharding on this machine's GPU"
 	@echo "make docs         make a website of docs/, in build/docs"
 	@echo "make lint         check style; make format puts it right"
 
@@ -48,6 +50,10 @@ test-fast: install
 # kill -9 at 30 random moments of one run, half of them during a save (about 10 minutes).
 soak: install
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
+
+# Results go to benchmarks/results, beside the machine and commit that they were measured on.
+bench: install
+	$(BIN)/python benchmarks/all.py
 
 # keys.md is written from the docstrings; a broken link is an error.
 docs: install

@@ -113,7 +113,7 @@ def main() -> None:
     benchmarks = Benchmarks(("core_paper",), options.suite_rows, str(options.data_dir))
     started = time.perf_counter()
     results = run(model, backend, tokenizer, benchmarks)
-    ratios["suite_seconds"] = seconds["suite"] = time.perf_counter() - started
+    seconds["suite"] = time.perf_counter() - started
     settings = {"rows": options.rows, "suite_rows": options.suite_rows, "threads": options.threads}
     core = results["groups"]["core_paper"]["centered,none"]
     report("core", settings, seconds, ratios, core_paper=round(core, 4))

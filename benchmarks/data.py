@@ -68,7 +68,7 @@ def main() -> None:
     source = TextFiles(options.text, options.text) if options.text else StandardLibrary()
     folder = Path(tempfile.mkdtemp())
     cores = os.cpu_count() or 1
-    seconds, ratios = {}, {}
+    seconds, ratios, rates = {}, {}, {}
     try:
         first = Corpus(
             folder / "first", source, TokenizerConfig(options.vocab_size, max_chars=5 * 10**7),
@@ -94,7 +94,7 @@ def main() -> None:
             lambda: sum(1 for _ in pack_best_fit(documents, options.sequence_len + 1)),
             options.repeats,
         )
-        ratios["packing_tokens_per_s"] = n_token / seconds["packing"]
+        rates["packing_tokens_per_s"] = n_token / seconds["packing"]
 
         def prepare() -> None:
             corpus = Corpus(
@@ -115,7 +115,7 @@ def main() -> None:
                 del batch
 
         seconds["loader"] = median_seconds(load, options.repeats)
-        ratios["loader_tokens_per_s"] = n_batch * 16 * options.sequence_len / seconds["loader"]
+        rates["loader_tokens_per_s"] = n_batch * 16 * options.sequence_len / seconds["loader"]
 
         stream = Corpus(
             folder / "stream", source, own_tokenizer, PackingConfig("concat", 64),
@@ -151,6 +151,7 @@ def main() -> None:
             {"text": options.text or "standard library", "tokens": n_token, **vars(options)},
             seconds,
             ratios,
+            rates={name: round(value) for name, value in rates.items()},
             memory={name: round(value, 1) for name, value in memory.items()},
         )
     finally:

@@ -128,13 +128,16 @@ def against_llama(options: argparse.Namespace) -> tuple[dict, dict]:
 
 
 def against_standard(options: argparse.Namespace) -> tuple[dict, dict]:
-    """BoV's time over that of standard values: a micro-step, and a step of sixteen."""
+    """BoV's time over that of standard values: a micro-step, and a step of ``--accumulate``."""
     bov, standard = Subject(SMALL, options), Subject(with_standard_values(SMALL), options)
     seconds = side_by_side(
         {"bov": bov.forward_backward, "standard": standard.forward_backward}, options.repeats
     )
     seconds |= side_by_side(
-        {"bov_step": lambda: bov.step(16), "standard_step": lambda: standard.step(16)},
+        {
+            "bov_step": lambda: bov.step(options.accumulate),
+            "standard_step": lambda: standard.step(options.accumulate),
+        },
         options.repeats,
     )
     return seconds, {
@@ -335,6 +338,9 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compiled against compiled")
     parser.add_argument("--repeats", type=int, default=5, help="medians are over so many")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument(
+        "--accumulate", type=int, default=16, help="micro-steps of a step against standard values"
+    )
     parser.add_argument("--cpu-time", action="store_true", help="not wall-clock time; one thread")
     parser.add_argument("--profile", action="store_true", help="print a profile and stop")
     options = parser.parse_args()
