@@ -55,6 +55,10 @@ soak: install
 bench: install
 	$(BIN)/python benchmarks/all.py
 
+# What CI cannot: the reference numbers, masks, kernels, bf16 and sharding on this machine's GPU.
+gpu-check: install
+	BOV_REQUIRE=gpu $(BIN)/python -m pytest -m gpu
+
 # keys.md is written from the docstrings; a broken link is an error.
 docs: install
 	$(BIN)/python docs/write_pages.py

@@ -19,7 +19,17 @@ FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 ARGUMENTS = {
     "startup": ["--repeats", "3"],
-    "train": ["--repeats", "5", "--only", "llama", "standard", "fit", "memory", "--accumulate", "4"],
+    "train": [
+        "--repeats",
+        "5",
+        "--only",
+        "llama",
+        "standard",
+        "fit",
+        "memory",
+        "--accumulate",
+        "4",
+    ],
     "decode": ["--context", "1024", "8192", "--batch", "1", "--repeats", "5"],
     "data": ["--repeats", "3", "--vocab-size", "4096", "--sequence-len", "256"],
     "checkpoint": ["--repeats", "3"],

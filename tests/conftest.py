@@ -6,6 +6,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from data_modules.sources import cut_at_lines
@@ -28,6 +29,16 @@ def shared() -> Path:
     """The folder of reference numbers made by the paper's authors' code."""
     require((SHARED / "parity" / "parity.json").is_file(), "shared", f"{SHARED} is not there")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU, or the CPU where there is none: the same lines run on both."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if "gpu" in REQUIRED:
+        pytest.fail("torch finds no GPU here")
+    return torch.device("cpu")
 
 
 @pytest.fixture(scope="session")

@@ -32,15 +32,16 @@ def tokens_of(model) -> list[list[int]]:
 
 
 @pytest.mark.slow
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", mostly_slow(BANKS, {"bov", "bov_shared_table"}))
 @torch.no_grad()
-def test_offloaded_banks_compute_the_same(name, tmp_path):
+def test_offloaded_banks_compute_the_same(name, tmp_path, device):
     checkpoint = write(tmp_path, name)
-    plain, _ = bov_lightning.load(checkpoint)
-    ids = token_ids(300)
+    plain, _ = bov_lightning.load(checkpoint, device=device)
+    ids = token_ids(300).to(device)
     expected, tokens = plain(ids), tokens_of(plain)
     for where in ("cpu", "mmap"):
-        model, _ = bov_lightning.load(checkpoint, bank_device=where)
+        model, _ = bov_lightning.load(checkpoint, device=device, bank_device=where)
         assert not any(parameter.endswith("table") for parameter, _ in model.named_parameters())
         assert table_bytes(model) == table_bytes(plain) > 0
         assert torch.equal(model(ids), expected)

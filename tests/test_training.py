@@ -308,6 +308,22 @@ def test_value_sources_of_every_kind_train(tiny_recipe):
 
 
 @pytest.mark.slow
+@pytest.mark.gpu
+def test_bf16_and_windows_on_the_device_train_as_fp32_does(tiny_recipe, device):
+    """FSDP2 on one device; its windows go to FlexAttention on a GPU."""
+    windows = ("--model.config.window_pattern", "SSL", "--model.config.d_model", "64")
+    plain = fit(tiny_recipe, *windows, "--run.name", "plain")
+    accelerator = ("--trainer.accelerator", "gpu" if device.type == "cuda" else "cpu")
+    options = (*windows, *accelerator, "--trainer.precision", "bf16-mixed")
+    run = fit(tiny_recipe, *options, "--run.name", "half")
+    again = fit(tiny_recipe, *options, "--run.name", "again", "--batch.micro", "8")
+    assert {tensor.dtype for tensor in final_state(run)[0].values()} == {torch.float32}
+    expected = float(metrics(plain)[8]["val_bpb"])
+    for path in (run, again):
+        assert float(metrics(path)[8]["val_bpb"]) == pytest.approx(expected, abs=0.05)
+
+
+@pytest.mark.slow
 def test_recomputed_activations_change_nothing(tiny_recipe):
     plain = fit(tiny_recipe)
     recomputed = fit(tiny_recipe, "--activation_checkpointing", "true", "--run.name", "recomputed")

@@ -24,7 +24,7 @@ def naive(q, k, v, window):
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     score = 1.44 * q @ k.mT / q.shape[-1] ** 0.5
-    i = torch.arange(q.shape[2])
+    i = torch.arange(q.shape[2], device=q.device)
     hidden = (i[:, None] < i) | (i[:, None] - i > (q.shape[2] if window is None else window))
     return score.masked_fill(hidden, -torch.inf).softmax(-1) @ v
 
@@ -46,6 +46,35 @@ def test_attend_equals_its_definition(n_token, window, n_kv_head):
     gradients = [torch.autograd.grad((y * direction).sum(), inputs) for y in (found, expected)]
     for x_grad, y_grad in zip(*gradients, strict=True):
         assert torch.allclose(x_grad, y_grad, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n_token", "window"), [(256, 64), (300, 100), (128, None)])
+def test_windows_and_documents_on_the_device_equal_their_definition(device, n_token, window):
+    """On a GPU windows and documents go to FlexAttention, everything else to SDPA."""
+    generator = torch.Generator().manual_seed(n_token)
+    q = torch.randn(2, 4, n_token, 32, generator=generator)
+    k, v = torch.randn(2, 2, 2, n_token, 32, generator=generator).unbind()
+    inputs = [x.to(device).requires_grad_() for x in (q, k, v)]
+    direction = torch.randn(q.shape, generator=generator).to(device)
+    ids = torch.ones(2, n_token, dtype=torch.int64)
+    ids[0, [0, n_token // 3]] = 0
+    for start in (None, 0):
+        mask = make_masks([window], ids.to(device), start)[window]
+        found = attend(*inputs, mask)
+        if start is None:
+            expected = naive(*inputs, window)
+        else:
+            # The first row is two documents, the second is one.
+            cut = n_token // 3
+            parts = [naive(*(x[:1, :, part] for x in inputs), window)
+                     for part in (slice(0, cut), slice(cut, None))]  # fmt: skip
+            whole = naive(*(x[1:] for x in inputs), window)
+            expected = torch.cat((torch.cat(parts, dim=2), whole))
+        assert torch.allclose(found, expected, atol=1e-4)
+        gradients = [torch.autograd.grad((y * direction).sum(), inputs) for y in (found, expected)]
+        for x_grad, y_grad in zip(*gradients, strict=True):
+            assert torch.allclose(x_grad, y_grad, atol=1e-3)
 
 
 @pytest.mark.slow

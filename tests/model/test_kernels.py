@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'bov-
 from bov_lightning.model import kernels
 from bov_lightning.model.decode import attend_gathered
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -20,7 +20,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize(
     ("n_row", "n_past", "head_dim"), [(1, 1, 16), (2, 63, 16), (1, 700, 24), (3, 129, 32)]
 )
-def test_the_kernel_equals_the_reference(monkeypatch, n_row, n_past, head_dim, heads, masked):
+def test_the_kernel_equals_the_reference(
+    monkeypatch, device, n_row, n_past, head_dim, heads, masked
+):
     """Few programs, so that some read several blocks; the last part is shorter."""
     monkeypatch.setattr(kernels, "PROGRAMS", 4 * n_row * heads[0])
     generator = torch.Generator().manual_seed(n_past)
@@ -35,15 +37,15 @@ def test_the_kernel_equals_the_reference(monkeypatch, n_row, n_past, head_dim, h
         mask[..., : min(100, n_past - 1)] = False
         mask[..., -1] = True
     arguments = [q, room[:, :, :n_past], ids, table, mask]
-    arguments = [None if x is None else x.to(DEVICE) for x in arguments]
+    arguments = [None if x is None else x.to(device) for x in arguments]
     found = kernels.attend_fused(*arguments)
     assert torch.allclose(found, attend_gathered(*arguments), atol=1e-5)
 
 
-def test_the_kernel_takes_half_precision():
+def test_the_kernel_takes_half_precision(device):
     q, k = torch.randn(1, 2, 1, 16).bfloat16(), torch.randn(1, 2, 200, 16).bfloat16()
     ids, table = torch.randint(0, 40, (1, 200)), torch.randn(40, 32).bfloat16()
-    arguments = [x.to(DEVICE) for x in (q, k, ids, table)]
+    arguments = [x.to(device) for x in (q, k, ids, table)]
     found = kernels.attend_fused(*arguments, None)
     exact = attend_gathered(*(x.float() if x.is_floating_point() else x for x in arguments), None)
     assert found.dtype == torch.bfloat16

@@ -11,16 +11,18 @@ from bov_lightning.model.loss import softcap, softcapped_cross_entropy
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setitem(loss_module.LOGITS_PER_CHUNK, "cpu", 50 * 7)
+    for kind in ("cpu", "cuda"):
+        monkeypatch.setitem(loss_module.LOGITS_PER_CHUNK, kind, 50 * 7)
 
 
-def inputs(dtype=torch.float32):
+def inputs(dtype=torch.float32, device="cpu"):
     generator = torch.Generator().manual_seed(1)
-    x = (3 * torch.randn(4, 23, 16, generator=generator)).to(dtype).requires_grad_()
-    weight = torch.randn(50, 16, generator=generator).requires_grad_()
+    x = 3 * torch.randn(4, 23, 16, generator=generator)
+    weight = torch.randn(50, 16, generator=generator)
     targets = torch.randint(0, 50, (4, 23), generator=generator)
     targets[0, :5] = targets[3, -1] = -1
-    return x, weight, targets
+    x, weight = x.to(device, dtype).requires_grad_(), weight.to(device).requires_grad_()
+    return x, weight, targets.to(device)
 
 
 def plain(x, weight, targets, reduction="mean"):
@@ -30,9 +32,10 @@ def plain(x, weight, targets, reduction="mean"):
     )
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
-def test_loss_and_gradients_equal_the_plain_ones(small_chunks, dtype, tolerance):
-    x, weight, targets = inputs(dtype)
+def test_loss_and_gradients_equal_the_plain_ones(small_chunks, device, dtype, tolerance):
+    x, weight, targets = inputs(dtype, device)
     expected = plain(x, weight, targets)
     (3 * expected).backward()
     expected_grads = [x.grad.clone(), weight.grad.clone()]

@@ -38,21 +38,24 @@ def test_value_configuration_is_that_of_the_reference(row, model):
     assert flops_per_token(model.config) == row.numbers["flops_per_token"]
 
 
-def test_logits_and_first_loss_equal_the_reference(row, model):
-    inputs, targets = row.inputs_and_targets(0)
+@pytest.mark.gpu
+def test_logits_and_first_loss_equal_the_reference(row, model, device):
+    inputs, targets = (ids.to(device) for ids in row.inputs_and_targets(0))
+    model.to(device)
     with torch.no_grad():
-        logits = model(inputs)
+        logits = model(inputs).cpu()
         loss = model(inputs, targets).item()
     assert (logits - row.tensors["logits"]).abs().max() < 1e-4
     assert abs(loss - row.numbers["losses"][0]) < 1e-5
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("row", ["standard", "bov", "value_embedding_gated"], indirect=True)
-def test_first_gradients_equal_the_reference(row, model):
+def test_first_gradients_equal_the_reference(row, model, device):
     """The reference holds gradients for three rows."""
     expected = row.part("grad0")
-    model(*row.inputs_and_targets(0)).backward()
-    found = {name: p.grad for name, p in model.named_parameters()}
+    model.to(device)(*(ids.to(device) for ids in row.inputs_and_targets(0))).backward()
+    found = {name: p.grad.cpu() for name, p in model.named_parameters()}
     assert set(found) <= set(expected)
     for name, grad in found.items():
         assert relative(grad, expected[name]) < 1e-4, name

@@ -5,7 +5,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bov_lightning.optim.muon_adamw import POLAR_EXPRESS, MuonAdamW
+from bov_lightning.optim import muon_adamw
+from bov_lightning.optim.muon_adamw import POLAR_EXPRESS, MuonAdamW, polar_express
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "cols"), [(48, 48), (96, 32), (32, 96)])
+def test_bf16_products_in_fp32_are_the_same_products(device, rows, cols, monkeypatch):
+    """Processors without bf16 products take another path; one iteration rounds as the other."""
+    stack = torch.randn(3, rows, cols, generator=torch.Generator().manual_seed(0)).to(device)
+    found = []
+    for slowly in (True, False):
+        monkeypatch.setattr(muon_adamw, "_multiplies_slowly", lambda x, slowly=slowly: slowly)
+        found.append(polar_express(stack).float())
+    exact = polar_express(stack, torch.float32)
+    rounding = (found[1] - exact).norm()
+    assert (found[0] - found[1]).norm() <= rounding
+    assert rounding < 0.1 * exact.norm()
 
 
 def muon_group(parameters, **settings):
