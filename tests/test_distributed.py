@@ -196,6 +196,20 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.distributed
+def test_compiled_blocks_train_sharded_as_they_do_alone(tiny_recipe):
+    """Compiled kernels round otherwise, and nothing else."""
+    steps = ("--trainer.log_every_n_steps", "1", "--model.optimizer.muon_dtype", "float32")
+    steps += ("--batch.micro", "4")
+    expected = metrics(fit(tiny_recipe, *steps, "--run.name", "plain"))
+    found = metrics(
+        fit_with(tiny_recipe, "fsdp", *steps, "--compile", "true", "--trainer.devices", "2")
+    )
+    for step, row in expected.items():
+        loss = float(row["train_loss"])
+        assert float(found[step]["train_loss"]) == pytest.approx(loss, abs=1e-4), step
+
+
+@pytest.mark.distributed
 def test_torchrun_starts_the_ranks(tiny_recipe):
     plain = fit_with(tiny_recipe, "plain", "--trainer.devices", "2")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
