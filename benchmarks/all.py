@@ -18,22 +18,12 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 ARGUMENTS = {
-    "startup": ["--repeats", "3"],
-    "train": [
-        "--repeats",
-        "5",
-        "--only",
-        "llama",
-        "standard",
-        "fit",
-        "memory",
-        "--accumulate",
-        "4",
-    ],
-    "decode": ["--context", "1024", "8192", "--batch", "1", "--repeats", "5"],
-    "data": ["--repeats", "3", "--vocab-size", "4096", "--sequence-len", "256"],
-    "checkpoint": ["--repeats", "3"],
-    "core": ["--rows", "8", "--suite-rows", "5", "--repeats", "3"],
+    "startup": "--repeats 3",
+    "train": "--repeats 3 --only llama standard fit memory --accumulate 2",
+    "decode": "--context 1024 8192 --batch 1 --repeats 5",
+    "data": "--repeats 3 --vocab-size 4096 --sequence-len 256",
+    "checkpoint": "--repeats 3",
+    "core": "--rows 8 --suite-rows 5 --repeats 3",
 }
 """Benchmarks and what they are run with."""
 NOTEWORTHY = 0.1
@@ -42,7 +32,7 @@ NOTEWORTHY = 0.1
 
 def measure(name: str) -> dict | None:
     """The JSON object of a benchmark's last line; None where it fails, with its last lines."""
-    command = [sys.executable, str(FOLDER / f"{name}.py"), *ARGUMENTS[name]]
+    command = [sys.executable, str(FOLDER / f"{name}.py"), *ARGUMENTS[name].split()]
     environment = os.environ | {"OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(FOLDER.parent)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
@@ -79,7 +69,7 @@ def main() -> int:
     failed = 0
     for name in names:
         started = time.monotonic()
-        print(f"{name} {' '.join(ARGUMENTS[name])}", flush=True)
+        print(f"{name} {ARGUMENTS[name]}", flush=True)
         result = measure(name)
         if result is None:
             failed = 1

@@ -182,8 +182,8 @@ def main() -> None:
         seconds |= {f"{kind}_{name}": value for name, value in found.items()}
         print("llama", kind, {name: round(value, 2) for name, value in found.items()}, "s")
 
-    def layer(first: str, second: str, context: str, dtype: str = "float32") -> float:
-        name = f"layer_{dtype}_b1_{context}"
+    def layer(first: str, second: str, context: int, dtype: str) -> float:
+        name = f"layer_{dtype}_b1_{context // 1024}k"
         return seconds[f"{name}_{first}"] / seconds[f"{name}_{second}"]
 
     def tokens_per_s(kind: str) -> float:
@@ -192,16 +192,17 @@ def main() -> None:
 
     sizes = cache_bytes(32768)
     ratios = {
-        "bank_vs_cached_8k": layer("bank", "cached", "8k"),
-        "bank_vs_gather_8k": layer("bank", "gather", "8k"),
-        "bank_vs_cached_128k": layer("bank", "cached", "128k"),
-        "bank_vs_cached_ours_8k": layer("bank", "cached_ours", "8k"),
-        "bank_vs_cached_ours_128k": layer("bank", "cached_ours", "128k"),
-        "bank_vs_cached_8k_bfloat16": layer("bank", "cached", "8k", "bfloat16"),
+        f"bank_vs_{other}_{context // 1024}k{suffix}": layer("bank", other, context, dtype)
+        for dtype, suffix in (("float32", ""), ("bfloat16", "_bfloat16"))
+        for other in ("cached", "gather", "cached_ours")
+        for context in options.context
+        if 1 in options.batch
+    } | {
         **{
             f"bov_vs_standard_{context // 1024}k": seconds[f"model_b1_{context // 1024}k_bov"]
             / seconds[f"model_b1_{context // 1024}k_standard"]
             for context in options.context
+            if 1 in options.batch
         },
         "cache_bytes_fraction_32k": sizes["ours"] / sizes["full_cache"],
         "vs_llama": tokens_per_s("float32"),
