@@ -42,6 +42,7 @@ from bov_lightning.model import (
     layers,
     loss,
     offload,
+    products,
     transformer,
     values,
 )
@@ -54,8 +55,8 @@ from bov_lightning.placement import place
 MODULE = "modeling_bov"
 WEIGHTS = "model.safetensors"
 PARTS = (
-    errors, layers, config, attention, kernels, decode, values, loss, offload, cache, transformer,
-    hf_model,
+    errors, products, layers, config, attention, kernels, decode, values, loss, offload, cache,
+    transformer, hf_model,
 )  # fmt: skip
 """The files of the network, each after those that it imports."""
 

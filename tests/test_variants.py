@@ -29,7 +29,7 @@ def test_flops_are_those_of_the_products_that_run(name):
         model(token_ids(128, n_row=1))
     counts = counted.get_flop_counts()["Global"]
     products = sum(n for op, n in counts.items() if "mm" in str(op))
-    smear = 2 * 24 * 127
+    smear = 2 * 24 * 128
     attention = 12 * 48 * 128 * 6
     assert (products - smear) * 3 == 128 * (model.flops_per_token() - attention)
 

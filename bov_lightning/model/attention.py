@@ -47,12 +47,31 @@ def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     ``cos`` and ``sin`` are (T, D/2), or (B, T, D/2) where rows stand at different positions.
     """
-    x1, x2 = x_BTHD.chunk(2, dim=-1)
     cos, sin = (
         torch.cat(halves, dim=-1).unsqueeze(-2).to(x_BTHD.dtype)
         for halves in ((cos, cos), (sin, -sin))
     )
-    return torch.addcmul(x_BTHD * cos, torch.cat((x2, x1), dim=-1), sin)
+    return _Rotation.apply(x_BTHD, cos, sin)
+
+
+class _Rotation(torch.autograd.Function):
+    """Its backward pass is the rotation back, in half the passes over memory of autograd's."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _Rotation.rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        cos, sin = ctx.saved_tensors
+        return _Rotation.rotate(grad, cos, -sin), None, None
+
+    @staticmethod
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """``sin`` carries the sign of each half."""
+        x1, x2 = x.chunk(2, dim=-1)
+        return torch.addcmul(x * cos, torch.cat((x2, x1), dim=-1), sin)
 
 
 Mask = Union[Tensor, "BlockMask", int, None]

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bov_lightning.model.products import linear
+
 
 def rms_norm(x: Tensor) -> Tensor:
     """RMSNorm over the last dimension, without learned weight; eps is torch's for the dtype."""
@@ -100,6 +102,9 @@ class Linear(nn.Linear):
 
     def __init__(self, d_in: int, d_out: int):
         super().__init__(d_in, d_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
 
     def reset_parameters(self) -> None:
         """Nothing: the default initialisation would be overwritten at once."""

@@ -3,9 +3,13 @@
 Shapes: N tokens, C = d_model, V = vocabulary.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from bov_lightning.model.products import multiply
 
 SOFTCAP = 15.0
 IGNORED = -1
@@ -80,9 +84,11 @@ class _MeanCrossEntropy(torch.autograd.Function):
         for rows in _chunks(x_NC, weight):
             x, target = x_NC[rows], targets_N[rows]
             index, seen = target.clamp(min=0)[:, None], (target != IGNORED)[:, None]
-            capped = F.linear(x, weight).float().div_(SOFTCAP).tanh_()
+            # tanh(z) = 2 sigmoid(2 z) - 1, which is several times as fast on a CPU.
+            twice = multiply(x, weight).float().mul_(2 / SOFTCAP)
+            capped = twice.sigmoid_().mul_(2).sub_(1)
             # No maximum to subtract: soft-capped logits cannot overflow exp.
-            probability = (SOFTCAP * capped).exp_()
+            probability = (SOFTCAP / math.log(2) * capped).exp2_()
             normaliser = probability.sum(dim=-1, keepdim=True)
             nats = normaliser.log() - SOFTCAP * capped.gather(1, index)
             total += (nats * seen).sum()
@@ -93,7 +99,7 @@ class _MeanCrossEntropy(torch.autograd.Function):
             probability.mul_(share / normaliser).scatter_add_(1, index, -share)
             grad = torch.addcmul(probability, probability, capped.square_(), value=-1).to(x.dtype)
             if x_grad is not None:
-                torch.mm(grad, weight, out=x_grad[rows])
+                x_grad[rows] = multiply(grad, weight.T)
             if weight_grad is not None:
                 if x.dtype == weight_grad.dtype:
                     weight_grad.addmm_(grad.T, x)

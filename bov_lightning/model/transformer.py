@@ -38,14 +38,13 @@ class Smear(nn.Module):
 
         ``previous_B1C``: what came before the first token; without it nothing is mixed into that.
         """
-        first = 1 if previous_B1C is None else 0
-        here, previous = x_BTC[:, first:], x_BTC[:, :-1]
-        if previous_B1C is not None:
-            previous = torch.cat((previous_B1C, previous), dim=1)
-        gate = self.strength * torch.sigmoid(F.linear(here[..., : self.n_channel], self.gate))
+        if previous_B1C is None:
+            previous_B1C = torch.zeros_like(x_BTC[:, :1])
+        previous_BTC = torch.cat((previous_B1C, x_BTC[:, :-1]), dim=1)
+        gate = self.strength * torch.sigmoid(F.linear(x_BTC[..., : self.n_channel], self.gate))
         if starts_BT is not None:
-            gate = gate.masked_fill(starts_BT[:, first:, None], 0)
-        return torch.cat((x_BTC[:, :first], here + gate.to(x_BTC.dtype) * previous), dim=1)
+            gate = gate.masked_fill(starts_BT[..., None], 0)
+        return x_BTC + gate.to(x_BTC.dtype) * previous_BTC
 
 
 class MLP(nn.Module):
@@ -88,7 +87,8 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.padded_vocab_size, config.d_model))
 
     def forward(self, x_BTC: Tensor, targets_BT: Tensor | None, reduction: str) -> Tensor:
-        weight = self.weight[: self.vocab_size]
+        padded = self.vocab_size < len(self.weight)
+        weight = self.weight[: self.vocab_size] if padded else self.weight
         if targets_BT is None:
             return softcap(F.linear(x_BTC, weight.to(x_BTC.dtype)).float())
         return softcapped_cross_entropy(x_BTC, weight, targets_BT, reduction)

@@ -1,0 +1,83 @@
+"""Matrix products for training, by the faster of the CPU's two libraries.
+
+PyTorch multiplies fp32 matrices on x86 with MKL, which runs its 256-bit kernels on AMD processors
+even where these have 512-bit ones. oneDNN, which PyTorch carries too, uses what there is.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _onednn_is_faster() -> bool:
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.enabled:
+        return False
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return False
+    with info.open() as file:
+        return "AuthenticAMD" in file.read(200)
+
+
+ONEDNN_IS_FASTER = _onednn_is_faster()
+"""Whether this processor is one of AMD's with AVX-512."""
+
+
+def _is_fp32_on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """``x`` (..., I) times the transpose of ``weight`` (O, I); nothing that autograd knows."""
+    if not (ONEDNN_IS_FASTER and _is_fp32_on_cpu(x)):
+        return F.linear(x, weight)
+    if torch.compiler.is_compiling():
+        return _multiply_when_compiled(x, weight)
+    return _multiply_by_onednn(x, weight)
+
+
+def _multiply_by_onednn(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+# The compiler takes oneDNN's own operator for constant weights only. The file of an exported model
+# holds this code too and needs an operator of its own.
+@torch.library.custom_op(f"{__name__.replace('.', '_')}::multiply", mutates_args=())
+def _multiply_when_compiled(x: Tensor, weight: Tensor) -> Tensor:
+    return _multiply_by_onednn(x, weight)
+
+
+@_multiply_when_compiled.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """As `torch.nn.functional.linear`, under autograd and autocast too."""
+    if (
+        ONEDNN_IS_FASTER
+        and weight.requires_grad
+        and torch.is_grad_enabled()
+        and _is_fp32_on_cpu(x)
+        and _is_fp32_on_cpu(weight)
+        and not torch.is_autocast_enabled("cpu")
+    ):
+        return _Linear.apply(x, weight)
+    return F.linear(x, weight)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return multiply(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        x_grad = multiply(grad, weight.T) if ctx.needs_input_grad[0] else None
+        # MKL is as fast as oneDNN where the sum runs over rows.
+        weight_grad = grad.flatten(0, -2).T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return x_grad, weight_grad
