@@ -18,7 +18,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bov_lightning.budget import meta_model
 from bov_lightning.errors import UserError
-from bov_lightning.model import attention, layers, loss, transformer
+from bov_lightning.model import attention, layers, loss, products, transformer
 from bov_lightning.model.config import TransformerConfig
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.optim import muon_adamw
@@ -165,6 +165,8 @@ def plan_memory(recipe: Recipe, layout: Layout, n_micro: int) -> dict[str, Any]:
     try:
         with (
             patch.dict(loss.LOGITS_PER_CHUNK, logits),
+            # Which library multiplies changes no size.
+            patch.object(products, "ONEDNN_IS_FASTER", False),
             _as_on_cuda() if layout.cuda else nullcontext(),
             simulated as world,
         ):
@@ -375,6 +377,8 @@ class _StorageTracker(TorchDispatchMode):
         super().__init__()
         self.fake_mode = fake_mode
         self.phase = "forward"
+        self.in_function = False
+        """Whether an autograd.Function of the network runs forwards, which it does without grad."""
         self.live: Counter[str] = Counter()
         self.most: Counter[str] = Counter()
         self.peak = {"peak": 0, "peak_in": self.phase}
@@ -397,12 +401,26 @@ class _StorageTracker(TorchDispatchMode):
             elif id(storage) in self.known:
                 self._set(storage, self.known[id(storage)][0])
 
-        self._patch = patch.object(torch.UntypedStorage, "resize_", resize)
-        self._patch.start()
+        apply = vars(torch.autograd.Function)["apply"].__func__
+
+        def watched(function: type[torch.autograd.Function], *args) -> Any:
+            outside = self.in_function
+            # The loss keeps nothing but gradients.
+            self.in_function = torch.is_grad_enabled() and function is not loss._MeanCrossEntropy
+            try:
+                return apply(function, *args)
+            finally:
+                self.in_function = outside
+
+        self._patches = ExitStack()
+        self._patches.enter_context(patch.object(torch.UntypedStorage, "resize_", resize))
+        self._patches.enter_context(
+            patch.object(torch.autograd.Function, "apply", classmethod(watched))
+        )
         return super().__enter__()
 
     def __exit__(self, *exception) -> None:
-        self._patch.stop()
+        self._patches.close()
         super().__exit__(*exception)
 
     def label(self, tensors: Iterable[Tensor], kind: str) -> None:
@@ -445,7 +463,8 @@ class _StorageTracker(TorchDispatchMode):
         return result
 
     def _kind(self, func, args: tuple) -> str:
-        if not torch.is_grad_enabled() or func.namespace not in ("aten", "prims"):
+        forwards = torch.is_grad_enabled() or self.in_function
+        if not forwards or func.namespace not in ("aten", "prims"):
             return "buffers"
         source = args[0] if args else None
         if func is torch.ops.aten._to_copy.default and isinstance(source, Tensor):

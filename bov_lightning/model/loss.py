@@ -105,15 +105,18 @@ class _MeanCrossEntropy(torch.autograd.Function):
                     weight_grad.addmm_(grad.T, x)
                 else:
                     weight_grad += grad.T @ x
-        ctx.save_for_backward(x_grad, weight_grad)
+        ctx.gradients = x_grad, weight_grad
         ctx.weight_dtype = weight_VC.dtype
         return total / counted
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        x_grad, weight_grad = ctx.saved_tensors
+        # Scaled where they lie: the weight's is the largest tensor of a small model's step.
+        (x_grad, weight_grad), ctx.gradients = ctx.gradients, (None, None)
+        if x_grad is None and weight_grad is None:
+            raise RuntimeError("the loss was differentiated before: compute it again")
         return (
-            None if x_grad is None else x_grad * grad_output.to(x_grad.dtype),
-            None if weight_grad is None else (weight_grad * grad_output).to(ctx.weight_dtype),
+            None if x_grad is None else x_grad.mul_(grad_output.to(x_grad.dtype)),
+            None if weight_grad is None else weight_grad.mul_(grad_output).to(ctx.weight_dtype),
             None,
         )
