@@ -44,7 +44,9 @@ def _multiply_by_onednn(x: Tensor, weight: Tensor) -> Tensor:
 
 # The compiler takes oneDNN's own operator for constant weights only. The file of an exported model
 # holds this code too and needs an operator of its own.
-@torch.library.custom_op(f"{__name__.replace('.', '_')}::multiply", mutates_args=())
+@torch.library.custom_op(
+    f"{__name__.replace('.', '_')}::multiply", mutates_args=(), tags=torch.Tag.flexible_layout
+)
 def _multiply_when_compiled(x: Tensor, weight: Tensor) -> Tensor:
     return _multiply_by_onednn(x, weight)
 
@@ -71,13 +73,17 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return multiply(x, weight)
+        # Flat, as the backward pass needs it: the compiler would make a second one.
+        flat = x.flatten(0, -2)
+        ctx.save_for_backward(flat, weight)
+        return multiply(flat, weight).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        x_grad = multiply(grad, weight.T) if ctx.needs_input_grad[0] else None
+        flat = grad.flatten(0, -2)
+        x_grad = multiply(flat, weight.T) if ctx.needs_input_grad[0] else None
+        if x_grad is not None:
+            x_grad = x_grad.view(*grad.shape[:-1], weight.shape[1])
         # MKL is as fast as oneDNN where the sum runs over rows.
-        weight_grad = grad.flatten(0, -2).T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
-        return x_grad, weight_grad
+        return x_grad, flat.T @ x if ctx.needs_input_grad[1] else None

@@ -183,7 +183,7 @@ class MuonAdamW(torch.optim.Optimizer):
         x = self._orthogonalise(torch.stack(updates), matrices[0], group["dtype"]).float()
 
         n_average = cols if average_dim == -1 else rows
-        v = x.square().sum(dim=average_dim, keepdim=True)
+        v = torch.linalg.vector_norm(x, dim=average_dim, keepdim=True).square_()
         if average_dim == -2:
             v = _sum_over_shards(v, matrices[0])
         v /= n_average
@@ -197,11 +197,11 @@ class MuonAdamW(torch.optim.Optimizer):
         x *= r * (before / after.clamp(min=1e-10))[:, None, None]
 
         lr = group["lr"] * max(1.0, rows / cols) ** 0.5
-        for value, update in zip(values, x, strict=True):
-            if group["weight_decay"]:
-                agree = (update * value >= 0).to(value.dtype)
-                update = update + group["weight_decay"] * value * agree
-            value.sub_(lr * update)
+        if group["weight_decay"]:
+            decay = torch.stack(values)
+            decay *= x * decay >= 0
+            x.add_(decay, alpha=group["weight_decay"])
+        torch._foreach_add_(values, list(x), alpha=-lr)
 
     def _orthogonalise(self, stack: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
         """Polar Express of a stack of (local rows of) matrices that are laid out as ``like``."""

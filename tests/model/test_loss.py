@@ -64,6 +64,15 @@ def test_all_targets_ignored_is_no_division_by_zero():
     assert x.grad.abs().max() == 0
 
 
+def test_a_second_backward_pass_is_refused(small_chunks):
+    """The gradients were computed with the loss and scaled in place."""
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    loss = softcapped_cross_entropy(x, weight, torch.tensor([0, 1, 2]))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="compute it again"):
+        loss.backward()
+
+
 class LargestTensor(TorchDispatchMode):
     """Remembers the most elements that any operation returned."""
 
