@@ -16,6 +16,7 @@ import yaml
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningCLI
 
+from bov_lightning.allocator import keep_freed_memory
 from bov_lightning.budget import accumulation, make_plan
 from bov_lightning.checkpoint import complete_checkpoints, read_weights
 from bov_lightning.cluster import processes, restarted
@@ -369,6 +370,8 @@ def fit(recipe: Recipe, settings: dict, origin: str) -> None:
     if not resume and trainer.is_global_zero and run.exists():
         say(f"moved the old run to {move_aside(run)}")
     _leave_signals_to_us(trainer)
+    if trainer.strategy.root_device.type == "cpu":
+        keep_freed_memory()
     seed_everything(recipe.seed, workers=True, verbose=False)
     try:
         trainer.fit(module, datamodule=cli.datamodule)

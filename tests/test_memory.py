@@ -154,8 +154,8 @@ def test_the_simulation_leaves_nothing_behind():
     assert not torch.distributed.is_initialized()
     model, rows = Transformer(recipe_of().model.config), torch.zeros(1, 257, dtype=torch.int64)
     assert torch.isfinite(model(rows[:, :-1], rows[:, 1:]))
-    for mask in (_window_mask, _band_mask):
-        assert type(mask(128, 128, torch.device("cpu"))) is torch.Tensor
+    for mask, sizes in ((_window_mask, (128, 128)), (_band_mask, (128, 256, 128))):
+        assert type(mask(*sizes, torch.device("cpu"))) is torch.Tensor
 
 
 @pytest.mark.slow

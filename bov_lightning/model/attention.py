@@ -3,6 +3,7 @@
 Shapes: B batch, T time, C = d_model, H query heads, K key-value heads, D head dimension.
 """
 
+import math
 from functools import lru_cache
 from typing import TYPE_CHECKING, Union
 
@@ -166,13 +167,16 @@ def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Mask) -> Tensor
     )  # fmt: skip
 
 
-@lru_cache(maxsize=8)
-def _band_mask(size: int, window: int, device: torch.device) -> Tensor:
-    """(N, 2N) bool: what a block of N queries sees of the block before it and of its own."""
+@lru_cache(maxsize=32)
+def _band_mask(n_query: int, n_key: int, window: int, device: torch.device) -> Tensor:
+    """(n_query, n_key) bool: what the last queries of a text see of its last keys."""
     with torch.inference_mode(False):
-        query = torch.arange(size, 2 * size, device=device)
-        distance = query[:, None] - torch.arange(2 * size, device=device)
+        query = torch.arange(n_key - n_query, n_key, device=device)
+        distance = query[:, None] - torch.arange(n_key, device=device)
         return (distance >= 0) & (distance <= window)
+
+
+SMALLEST_BLOCK = 64
 
 
 def _attend_in_window(
@@ -180,27 +184,30 @@ def _attend_in_window(
 ) -> Tensor:
     """Each token sees itself and ``window`` tokens to its left; time grows as T, not as T^2.
 
-    Queries go in N blocks of W tokens, as many as the window has; a block sees its own keys and
-    those of the block before.
+    Queries go in blocks of half a window; a block sees its own keys and those of the blocks before
+    that the window reaches.
     """
-    (n_row, _, n_token, _), size = q_BHTD.shape, max(window, 1)
-    # Padding on the right, which no token sees.
-    missing = -n_token % size
-    q_BNWHD, k_BNWKD, v_BNWKD = (
-        F.pad(x, (0, 0, 0, missing)).transpose(1, 2).unflatten(1, (-1, size))
-        for x in (q_BHTD, k_BKTD, v_BKTD)
+    size = max(window // 2, SMALLEST_BLOCK)
+    n_before = math.ceil(window / size)
+    q_blocks, k_blocks, v_blocks = (
+        x.transpose(1, 2).split(size, dim=1) for x in (q_BHTD, k_BKTD, v_BKTD)
     )
-    first = F.scaled_dot_product_attention(
-        *(x[:, 0].transpose(1, 2) for x in (q_BNWHD, k_BNWKD, v_BNWKD)), is_causal=True, **how
-    )
-    two_blocks = (torch.cat((x[:, :-1], x[:, 1:]), dim=2) for x in (k_BNWKD, v_BNWKD))
-    others = F.scaled_dot_product_attention(
-        *(x.flatten(0, 1).transpose(1, 2) for x in (q_BNWHD[:, 1:], *two_blocks)),
-        attn_mask=_band_mask(size, window, q_BHTD.device), **how,
-    )  # fmt: skip
-    others_BNWHD = others.transpose(1, 2).unflatten(0, (n_row, -1))
-    y_BTHD = torch.cat((first.transpose(1, 2)[:, None], others_BNWHD), dim=1).flatten(1, 2)
-    return y_BTHD[:, :n_token].transpose(1, 2)
+    outputs = []
+    for i, q_BTHD in enumerate(q_blocks):
+        seen = slice(max(0, i - n_before), i + 1)
+        # Copies, since the gradients of overlapping slices would each be as long as the text.
+        k_BTKD, v_BTKD = (
+            torch.cat(blocks[seen], dim=1) if i else blocks[0] for blocks in (k_blocks, v_blocks)
+        )
+        n_query, n_key = q_BTHD.shape[1], k_BTKD.shape[1]
+        hides = i or n_key > window + 1
+        mask = _band_mask(n_query, n_key, window, q_BHTD.device) if hides else None
+        y_BHTD = F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD)),
+            attn_mask=mask, is_causal=mask is None, **how,
+        )  # fmt: skip
+        outputs.append(y_BHTD.transpose(1, 2))
+    return torch.cat(outputs, dim=1).transpose(1, 2)
 
 
 class Attention(nn.Module):
