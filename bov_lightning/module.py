@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bov_lightning.budget import BudgetConfig, horizon
 from bov_lightning.errors import UserError
+from bov_lightning.fp8 import check_fp8_device, use_fp8
 from bov_lightning.model.config import TransformerConfig
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.optim.groups import OptimizerConfig, build_groups
@@ -34,6 +35,7 @@ class BoVModule(pl.LightningModule):
         seed: int = 0,
         compile: bool = False,
         activation_checkpointing: bool = False,
+        fp8: bool = False,
     ):
         """
         Args:
@@ -44,11 +46,13 @@ class BoVModule(pl.LightningModule):
             seed: seed of the initialisation; filled from seed.
             compile: compile each block; filled from compile.
             activation_checkpointing: recompute activations; filled from activation_checkpointing.
+            fp8: multiply in fp8 in the blocks; filled from fp8.
         """
         super().__init__()
         self.config, self.optimizer_config, self.budget = config, optimizer, budget
         self.batch_tokens, self.seed = batch_tokens, seed
         self.compile_blocks, self.recompute_blocks = compile, activation_checkpointing
+        self.fp8 = fp8
         self.model: Transformer | None = None
         self.bits_per_byte = BitsPerByte()
         self.token_bytes: Tensor | None = None
@@ -82,6 +86,9 @@ class BoVModule(pl.LightningModule):
         sharded = isinstance(strategy, ShardedStrategy)
         with torch.device("meta") if sharded else nullcontext():
             self.model = Transformer(self.config, self.seed)
+        if self.fp8 and self._trainer is not None:
+            check_fp8_device(strategy.root_device)
+            use_fp8(self.model)
         if self.recompute_blocks:
             recompute_activations(self.model)
         if self.compile_blocks:

@@ -187,6 +187,8 @@ class Recipe:
     """What happens when something goes wrong."""
     compile: bool = False
     """Whether to compile each block with torch.compile (needs a C++ compiler on CPU)."""
+    fp8: bool = False
+    """Whether the blocks multiply in fp8 (needs torchao and a GPU of Ada, Hopper or newer)."""
     activation_checkpointing: bool = False
     """Whether to recompute activations in the backward pass instead of keeping them."""
     resume: Literal["auto", "never"] = "auto"

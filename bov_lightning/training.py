@@ -96,6 +96,7 @@ class RecipeCLI(LightningCLI):
         parser.add_class_arguments(GuardConfig, "guard")
         parser.add_argument("--seed", type=int, default=Recipe.seed)
         parser.add_argument("--compile", type=bool, default=Recipe.compile)
+        parser.add_argument("--fp8", type=bool, default=Recipe.fp8)
         parser.add_argument(
             "--activation_checkpointing", type=bool, default=Recipe.activation_checkpointing
         )
@@ -104,6 +105,7 @@ class RecipeCLI(LightningCLI):
             ("batch.tokens", "model.batch_tokens"),
             ("seed", "model.seed"),
             ("compile", "model.compile"),
+            ("fp8", "model.fp8"),
             ("activation_checkpointing", "model.activation_checkpointing"),
             ("model.config.sequence_len", "data.init_args.sequence_len"),
             ("batch.micro", "data.init_args.micro"),
