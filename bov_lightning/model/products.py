@@ -12,7 +12,9 @@ from torch import Tensor
 
 
 def _onednn_is_faster() -> bool:
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.enabled:
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    if not torch.backends.mkldnn.is_available():
         return False
     info = Path("/proc/cpuinfo")
     if not info.is_file():
