@@ -45,6 +45,10 @@ def worker(rank: int, world: int, port: int, folder: str, action, *arguments) ->
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
+    # gloo's threads may abort an interpreter that ends while they do; everything is written.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def on_ranks(world: int, folder: Path, action, *arguments) -> list[dict]:
