@@ -401,14 +401,15 @@ class _StorageTracker(TorchDispatchMode):
             elif id(storage) in self.known:
                 self._set(storage, self.known[id(storage)][0])
 
-        apply = vars(torch.autograd.Function)["apply"].__func__
+        # Written in Python or in C, as the version has it.
+        apply = vars(torch.autograd.Function)["apply"]
 
         def watched(function: type[torch.autograd.Function], *args) -> Any:
             outside = self.in_function
             # The loss keeps nothing but gradients.
             self.in_function = torch.is_grad_enabled() and function is not loss._MeanCrossEntropy
             try:
-                return apply(function, *args)
+                return apply.__get__(None, function)(*args)
             finally:
                 self.in_function = outside
 

@@ -12,6 +12,9 @@ import yaml
 from data_modules.sources import cut_at_lines
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if not torch.cuda.is_available():
+    # Before anything imports Triton, which reads it once.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 REQUIRED = set(filter(None, os.environ.get("BOV_REQUIRE", "").split(",")))
 REPOSITORY = Path(__file__).parent.parent

@@ -9,13 +9,15 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import tomllib
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from conftest import REPOSITORY, SHARED, require
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import bov_lightning
 from bov_lightning.cli import COMMANDS, main
@@ -280,6 +282,11 @@ def test_the_citation_is_valid():
     assert "2606.02780" in paper["url"]
 
 
-def test_version_of_torch_is_pinned():
-    pinned = re.search(r"^torch==(.+)$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)
-    assert torch.__version__.startswith(pinned[1])
+def test_every_dependency_is_pinned_within_its_bounds():
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    pins = {canonicalize_name(name): version for name, version in pins.items()}
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    for text in project["dependencies"]:
+        needed = Requirement(text)
+        assert needed.specifier.contains(pins[canonicalize_name(needed.name)]), text

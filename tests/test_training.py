@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,7 @@ def test_run_directory_tells_everything(tiny_recipe, capsys):
     recorded = json.loads((run / "run.json").read_text())
     assert recorded["iterations"] == 8
     assert recorded["data"]["source"]
-    assert recorded["versions"]["torch"] == torch.__version__
+    assert recorded["versions"]["torch"] == metadata.version("torch")
     rows = metrics(run)
     assert {step for step, row in rows.items() if row["val_bpb"]} == {3, 6, 8}
     assert f"val_bpb {float(rows[8]['val_bpb']):.4f}" in out

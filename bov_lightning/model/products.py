@@ -47,7 +47,7 @@ def _multiply_by_onednn(x: Tensor, weight: Tensor) -> Tensor:
 # The compiler takes oneDNN's own operator for constant weights only. The file of an exported model
 # holds this code too and needs an operator of its own.
 @torch.library.custom_op(
-    f"{__name__.replace('.', '_')}::multiply", mutates_args=(), tags=torch.Tag.flexible_layout
+    f"{__name__.replace('.', '_')}::multiply", mutates_args=(), tags=(torch.Tag.flexible_layout,)
 )
 def _multiply_when_compiled(x: Tensor, weight: Tensor) -> Tensor:
     return _multiply_by_onednn(x, weight)

@@ -1,12 +1,8 @@
 """The Triton kernel equals the PyTorch path, in Triton's interpreter where there is no GPU."""
 
-import os
-
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'bov-lightning[triton]'")
 
 from bov_lightning.model import kernels
