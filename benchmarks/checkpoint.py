@@ -14,11 +14,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import median_seconds, report
 
-from bov_lightning import saving
+from bov_lightning.checkpoint import writing as saving
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.optim.groups import OptimizerConfig, build_groups
 from bov_lightning.optim.muon_adamw import MuonAdamW
-from bov_lightning.recipe import Recipe, build, fill_vocab_size, find_recipe, read_yaml
+from bov_lightning.recipe.sections import Recipe, build, fill_vocab_size, find_recipe, read_yaml
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bov_lightning.run import git_commit
+from bov_lightning.run.directory import git_commit
 
 clock = time.perf_counter
 """What is measured; `time.process_time` on a machine that others use too, with one thread."""

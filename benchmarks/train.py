@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import harness
 from harness import report, side_by_side
 
-from bov_lightning.budget import peak_flops, with_standard_values
 from bov_lightning.model.config import TransformerConfig, ValueConfig
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.optim.groups import OptimizerConfig, build_groups
 from bov_lightning.optim.muon_adamw import MuonAdamW
+from bov_lightning.recipe.budget import peak_flops, with_standard_values
 
 BOV = ValueConfig("bank", "last_third", "learned")
 QUICKSTART = TransformerConfig(6, 2, 2, 128, 4096, 256, "L", value=BOV)
@@ -164,8 +164,8 @@ def _fit_in_turns(config: TransformerConfig, micro: int, n_step: int) -> tuple[f
 
     from lightning.pytorch import Callback
 
-    from bov_lightning import training
-    from bov_lightning.recipe import Recipe, build, merge, plain, read_yaml
+    from bov_lightning.recipe.sections import Recipe, build, merge, plain, read_yaml
+    from bov_lightning.training import fit as training
 
     batch_tokens = micro * config.sequence_len
     bare_model = Transformer(config)

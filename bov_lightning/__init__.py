@@ -11,16 +11,22 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "BankOfValues": "bov_lightning.model.values",
+    "ReplicatedStrategy": "bov_lightning.distributed.strategy",
+    "ShardedStrategy": "bov_lightning.distributed.strategy",
     "Transformer": "bov_lightning.model.transformer",
     "TransformerConfig": "bov_lightning.model.config",
     "ValueConfig": "bov_lightning.model.config",
-    "load": "bov_lightning.checkpoint",
+    "load": "bov_lightning.checkpoint.directory",
 }
 
-__all__ = ["BankOfValues", "Transformer", "TransformerConfig", "ValueConfig", "load"]
+__all__ = [
+    "BankOfValues", "ReplicatedStrategy", "ShardedStrategy", "Transformer", "TransformerConfig",
+    "ValueConfig", "load",
+]  # fmt: skip
 
 if TYPE_CHECKING:
-    from bov_lightning.checkpoint import load
+    from bov_lightning.checkpoint.directory import load
+    from bov_lightning.distributed.strategy import ReplicatedStrategy, ShardedStrategy
     from bov_lightning.model.config import TransformerConfig, ValueConfig
     from bov_lightning.model.transformer import Transformer
     from bov_lightning.model.values import BankOfValues

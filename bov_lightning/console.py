@@ -1,7 +1,7 @@
 """The screen: everything that a run says while it trains goes through one console on stderr.
 
 Two consoles do not know of each other's lines, so that a warning of one would tear up the live view
-(`bov_lightning.live`) of the other.
+(`bov_lightning.training.live_view`) of the other.
 """
 
 from rich.console import Console

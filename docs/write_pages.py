@@ -21,7 +21,7 @@ from pathlib import Path
 
 from docstring_parser import parse_from_object
 
-from bov_lightning.recipe import Recipe
+from bov_lightning.recipe.sections import Recipe
 
 DOCS = Path(__file__).parent
 COMMANDS = re.compile(
@@ -122,7 +122,7 @@ def _arguments(cls: type) -> list[tuple[str, ...]]:
 def keys() -> str:
     """keys.md."""
     import data_modules
-    from bov_lightning.strategy import ShardedStrategy
+    from bov_lightning.distributed.strategy import ShardedStrategy
 
     parts = [
         "# Keys of a recipe",

@@ -10,8 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import PreTrainedTokenizerFast
 
 from bov_lightning.console import say
-from bov_lightning.progress import Reporter, reporter_of
-from bov_lightning.recipe import EvaluationConfig
+from bov_lightning.recipe.sections import EvaluationConfig
+from bov_lightning.run.loggers import Reporter, reporter_of
 from evaluation import claims
 from evaluation.backends import TransformerBackend
 from evaluation.heldout import needs_heldout, write_from_data

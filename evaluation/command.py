@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from bov_lightning import checkpoint as checkpoints
+from bov_lightning.checkpoint import directory as checkpoints
 from bov_lightning.errors import UserError
 from evaluation import heldout, report
 from evaluation.backends import Backend, HuggingFaceBackend, TransformerBackend
@@ -85,8 +85,8 @@ def _heldout_directory(path: Path, temporary: Path) -> Path:
     if own is not None and (own / EVAL / HELDOUT / "continuation.jsonl").is_file():
         return own / EVAL / HELDOUT
     from bov_lightning.cli import _check_stored_classes
-    from bov_lightning.recipe import Recipe, build, check_keys, read_yaml
-    from bov_lightning.training import build_data
+    from bov_lightning.recipe.sections import Recipe, build, check_keys, read_yaml
+    from bov_lightning.training.fit import build_data
 
     config = checkpoints.find_checkpoint(path) / checkpoints.CONFIG
     settings = read_yaml(config)

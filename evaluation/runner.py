@@ -19,8 +19,8 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from torch import nn
 
+from bov_lightning.distributed.sharding import reshard
 from bov_lightning.errors import UserError
-from bov_lightning.sharding import reshard
 from evaluation.backends import Backend
 from evaluation.data import download
 from evaluation.lm import BatchedLM

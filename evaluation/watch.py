@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bov_lightning.checkpoint import complete_checkpoints, read_marker
+from bov_lightning.checkpoint.directory import complete_checkpoints, read_marker
 from bov_lightning.errors import UserError
-from bov_lightning.recipe import Recipe, build, check_keys, read_yaml
+from bov_lightning.recipe.sections import Recipe, build, check_keys, read_yaml
 from evaluation import claims
 from evaluation.ranks import EvaluationInterruptedError
 from evaluation.report import headline
@@ -23,7 +23,7 @@ from evaluation.results import (
 
 def last_step(run: Path) -> int | None:
     """The step that the run ends with; None while its configuration is not there."""
-    from bov_lightning.budget import horizon
+    from bov_lightning.recipe.budget import horizon
 
     path = run / "config.yaml"
     if not path.is_file():
@@ -61,7 +61,7 @@ class Watcher:
         self.report, self.should_stop = report, should_stop
         self.poll_s, self.stale_after_s = poll_s, stale_after_s
         # Imports Lightning, which takes seconds that evaluating without watching need not pay.
-        from bov_lightning.progress import TensorBoardEvents
+        from bov_lightning.run.loggers import TensorBoardEvents
 
         self.events = TensorBoardEvents(run)
         self.gone: set[int] = set()

@@ -1,4 +1,4 @@
-"""Prints the bytes that training takes on a rank of its own: a process for tests/test_memory.py.
+"""Prints the bytes that training takes on a rank of its own: for planning/test_memory.py.
 
     python measure_memory.py RANK WORLD_SIZE PORT RECIPE.json
 
@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from bov_lightning.budget import accumulation
-from bov_lightning.memory import Layout, read_layout
+from bov_lightning.distributed.sharding import make_mesh, recompute_activations, shard, write_part
 from bov_lightning.model.layers import Initialiser
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.optim.groups import build_groups
 from bov_lightning.optim.muon_adamw import MuonAdamW
-from bov_lightning.recipe import Recipe, build, merge
-from bov_lightning.sharding import make_mesh, recompute_activations, shard, write_part
+from bov_lightning.planning.memory import Layout, read_layout
+from bov_lightning.recipe.budget import accumulation
+from bov_lightning.recipe.sections import Recipe, build, merge
 
 N_STEP = 2
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bov_lightning.checkpoint import load
+from bov_lightning.checkpoint.directory import load
+from bov_lightning.interop.nanochat import convert_name, import_nanochat
 from bov_lightning.model.transformer import Transformer
-from bov_lightning.nanochat import convert_name, import_nanochat
 
 NAMES = (
     "standard", "bov", "bov_fixed", "bov_every_layer", "bov_second_half", "bov_last_two_thirds",

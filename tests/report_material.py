@@ -9,8 +9,8 @@ from pathlib import Path
 import yaml
 from conftest import REPOSITORY
 
-from bov_lightning.budget import BudgetConfig, make_plan
 from bov_lightning.model.config import TransformerConfig, ValueConfig
+from bov_lightning.recipe.budget import BudgetConfig, make_plan
 
 VALUES = sorted(path.stem for path in (REPOSITORY / "recipes" / "values").glob("*.yaml"))
 SHAPE = {

@@ -13,7 +13,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from bov_lightning.checkpoint import complete_checkpoints, read_whole, step_of
+from runs import newest
+
+from bov_lightning.checkpoint.directory import complete_checkpoints, read_whole
 
 
 @dataclass
@@ -23,12 +25,6 @@ class Series:
     n_kill: int = 0
     during_save: int = 0
     before_first_step: int = 0
-
-
-def newest(run: Path) -> int:
-    """Step of the newest complete checkpoint, or 0."""
-    found = complete_checkpoints(run)
-    return step_of(found[-1]) if found else 0
 
 
 def kill_series(command: list[str], run: Path, n_kill: int, seed: int = 0) -> Series:

@@ -21,7 +21,7 @@ from packaging.utils import canonicalize_name
 
 import bov_lightning
 from bov_lightning.cli import COMMANDS, main
-from bov_lightning.recipe import Recipe, build, check_keys, import_source
+from bov_lightning.recipe.sections import Recipe, build, check_keys, import_source
 
 PAGES = {
     path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8")
@@ -36,9 +36,9 @@ EXEMPT = {
     r"bov fit .*bov-(135m|780m).*": "needs GPUs; test_shrunken_copy_of_every_recipe runs it small",
     r"bov prepare .*bov-(135m|780m).*": "reads the hub; the quickstart's is run",
     r"bov (import nanochat|generate imports/theirs) .*": "tests/model/test_parity.py imports",
-    r"torchrun .*": "tests/test_distributed.py starts ranks so",
+    r"torchrun .*": "tests/distributed/test_distributed.py starts ranks so",
     r"bov submit (?!.*--dry-run).*": "needs SLURM; tests/slurm/test_slurm.py submits",
-    r"bov sweep (?!.*--dry-run).*": "trains several runs; tests/test_sweep.py does, small",
+    r"bov sweep (?!.*--dry-run).*": "trains several runs; tests/launch/test_sweep.py does, small",
     r"(\.venv/bin/)?python -m (pip|venv) .*": "installs for minutes; offline.md: how it was tried",
     r"(BOV_OVERLAYS=\S+ )?python -m pytest .*": "is this suite",
 }
@@ -216,7 +216,7 @@ def test_keys_are_those_of_the_code():
 
 def test_yaml_snippets_are_valid():
     """Whole recipes and parts of them; a part of the data section names what exists."""
-    from bov_lightning.training import _check_class
+    from bov_lightning.training.fit import _check_class
 
     n_recipe = 0
     for name, text in PAGES.items():

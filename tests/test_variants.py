@@ -6,16 +6,16 @@ import pytest
 import torch
 from optim.test_sharded import SIZES, check_same_training, train_and_save
 from processes import in_processes
-from test_training import assert_same_end, fit
+from runs import assert_same_end, fit
 from torch.utils.flop_counter import FlopCounterMode
 from variants import OVERLAYS, PATHS, make_model, mostly_slow, perturb, token_ids
 
 import bov_lightning
-from bov_lightning.budget import BudgetConfig, make_plan
-from bov_lightning.checkpoint import complete_checkpoints
+from bov_lightning.checkpoint.directory import complete_checkpoints
 from bov_lightning.model.config import TransformerConfig, ValueConfig
 from bov_lightning.optim.groups import OptimizerConfig, build_groups
 from bov_lightning.optim.muon_adamw import MuonAdamW
+from bov_lightning.recipe.budget import BudgetConfig, make_plan
 
 FAST = {"bov", "value_embedding_gated", "context_plus_first_layer"}
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bov_lightning.model.products import linear
+from bov_lightning.model.matmul import linear
 
 
 def rms_norm(x: Tensor) -> Tensor:

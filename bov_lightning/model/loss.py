@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bov_lightning.model.products import multiply
+from bov_lightning.model.matmul import multiply
 
 SOFTCAP = 15.0
 IGNORED = -1

@@ -226,7 +226,7 @@ def source_class(name: str) -> type[ValueSource]:
 
     A stranger's checkpoint is read by this too, so a class path is looked up among the classes that
     are imported anyway; only a module that BOV_TRUSTED_MODULES names is imported for it. Those of
-    the user's own recipes are, before, by `bov_lightning.recipe.import_source`.
+    the user's own recipes are, before, by `bov_lightning.recipe.sections.import_source`.
 
     Raises:
         UserError: an unknown name, with the known ones, or a class that is not imported.

@@ -6,8 +6,12 @@ from typing import Literal
 import torch
 from torch import nn
 
-from bov_lightning.budget import REFERENCE_BATCH_TOKENS, REFERENCE_D_MODEL, scaling_parameters
 from bov_lightning.model.config import TransformerConfig
+from bov_lightning.recipe.budget import (
+    REFERENCE_BATCH_TOKENS,
+    REFERENCE_D_MODEL,
+    scaling_parameters,
+)
 
 
 @dataclass(frozen=True)

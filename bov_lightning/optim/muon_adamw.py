@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from bov_lightning.sharding import is_sharded, local_part
+from bov_lightning.distributed.sharding import is_sharded, local_part
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

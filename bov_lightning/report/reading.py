@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from bov_lightning.checkpoint import CONFIG, WEIGHTS, complete_checkpoints
+from bov_lightning.checkpoint.directory import CONFIG, WEIGHTS, complete_checkpoints
 from bov_lightning.errors import UserError
 from evaluation.report import aggregate_metric, leaf_tasks, notes
 from evaluation.results import EVAL, read_results

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 import bov_lightning
-from bov_lightning.checkpoint import complete_checkpoints
+from bov_lightning.checkpoint.directory import complete_checkpoints
 from bov_lightning.cli import main
 from evaluation.heldout import write_heldout
 from evaluation.results import read_results, step_directory

@@ -10,9 +10,9 @@ from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedTokenizerFast
 from variants import make_model, perturb
 
+from bov_lightning.distributed.sharding import make_mesh, shard
 from bov_lightning.errors import UserError
 from bov_lightning.model.config import ValueConfig
-from bov_lightning.sharding import make_mesh, shard
 from evaluation.backends import HuggingFaceBackend, TransformerBackend
 from evaluation.ranks import EvaluationFailedError, EvaluationInterruptedError, Ranks
 from evaluation.runner import Benchmarks, Runtime, run

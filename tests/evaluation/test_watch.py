@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bov_lightning.checkpoint import complete_checkpoints
+from bov_lightning.checkpoint.directory import complete_checkpoints
 from bov_lightning.cli import main
 from bov_lightning.errors import UserError
 from evaluation import claims

@@ -6,11 +6,11 @@ import pytest
 import torch
 from variants import OVERLAYS, PAPER, SMALL, make_model, perturb, token_ids
 
-from bov_lightning.budget import meta_model
 from bov_lightning.errors import UserError
 from bov_lightning.model.config import TransformerConfig, ValueConfig
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.model.values import ValueInputs
+from bov_lightning.recipe.budget import meta_model
 
 
 @pytest.mark.parametrize("layers", ["last_third", "every", [1, 4]])
@@ -132,7 +132,7 @@ def test_initialisation_has_the_statistics_of_the_reference(name, shared):
     """Against the reference where it has enough elements to tell, else against theory."""
     from parity import ParityRow
 
-    from bov_lightning.nanochat import convert_config, convert_name
+    from bov_lightning.interop.nanochat import convert_config, convert_name
 
     numbers = ParityRow(shared, name).numbers
     config = convert_config(numbers["meta"]["model_config"])

@@ -7,12 +7,12 @@ import torch
 from processes import in_processes
 from torch.distributed.tensor.debug import CommDebugMode
 
+from bov_lightning.distributed.strategy import make_mesh, shard, write_part
 from bov_lightning.model.config import TransformerConfig, ValueConfig
 from bov_lightning.model.layers import Initialiser
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.optim.groups import OptimizerConfig, build_groups
 from bov_lightning.optim.muon_adamw import MuonAdamW
-from bov_lightning.strategy import make_mesh, shard, write_part
 
 N_STEP = 4
 LR = 1e-3

@@ -1,0 +1,1 @@
+"""Checkpoint directories: their format, reading, writing, resuming."""

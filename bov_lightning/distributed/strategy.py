@@ -1,0 +1,148 @@
+"""How a run spreads over devices: FSDP2 by default, DDP on request.
+
+Both strategies read and write checkpoints through `bov_lightning.checkpoint`, so that a run may
+change its strategy and the number of its devices.
+"""
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+
+from bov_lightning.distributed import preemption
+from bov_lightning.distributed.sharding import (
+    PARAM_DTYPES,
+    check_precision,
+    check_replicate,
+    make_mesh,
+    shard,
+    write_part,
+)
+from bov_lightning.errors import UserError
+from bov_lightning.model.layers import Initialiser
+from bov_lightning.model.transformer import Transformer
+
+
+class ControlGroup:
+    """What both strategies share: our own checkpoints, and a group of CPU processes for agreements.
+
+    Messages between ranks (has anybody been told to stop, has the checkpoint been written) must not
+    wait for the device, so they go through a gloo group of their own.
+    """
+
+    restore_checkpoint_after_setup = True
+    lightning_restore_optimizer = False
+    control_group: dist.ProcessGroup | None = None
+
+    def setup_environment(self) -> None:
+        """Starts the process groups."""
+        if self.world_size == 1 and not dist.is_initialized():
+            # One process needs no port to meet anybody at.
+            backend = "nccl" if self.root_device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        super().setup_environment()
+        if self.world_size > 1:
+            self.control_group = self.new_group()
+
+    def new_group(self) -> dist.ProcessGroup | None:
+        """A group of CPU processes for one thread's messages; None for a single process."""
+        return dist.new_group(backend="gloo") if self.world_size > 1 else None
+
+    def agree(self, loss: float) -> tuple[float, int]:
+        """The mean loss of all ranks, and the exit code that a signal on any of them asks for.
+
+        Where ranks were told different things, SIGTERM counts: nobody requeues a cancelled job.
+        """
+        code = preemption.received()
+        if self.control_group is None:
+            return loss, code
+        told = torch.tensor(
+            [loss, code == preemption.REQUEUE, code == preemption.STOPPED], dtype=torch.float64
+        )
+        dist.all_reduce(told, group=self.control_group)
+        total, requeue, stopped = told.tolist()
+        code = preemption.STOPPED if stopped else preemption.REQUEUE if requeue else 0
+        return total / self.world_size, code
+
+    def agree_on_signal(self) -> int:
+        """The exit code alone."""
+        return self.agree(0.0)[1]
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Nothing: `bov_lightning.checkpoint.writing` stores the weights, each rank its part."""
+        return {}
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Nothing, likewise."""
+        return {}
+
+    def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
+        """Nothing, likewise."""
+
+    def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
+        """Nothing, likewise."""
+
+
+class ReplicatedStrategy(ControlGroup, DDPStrategy):
+    """DDP: every device holds the whole model and optimizer. For models that fit easily."""
+
+
+class ShardedStrategy(ControlGroup, ModelParallelStrategy):
+    """FSDP2: parameters, gradients and optimizer state spread over all devices."""
+
+    param_dtype: torch.dtype | None = None
+    """Of gathered parameters and of activations; gradients are reduced in fp32. None: fp32."""
+
+    def __init__(self, replicate: int = 1, timeout_minutes: float = 30):
+        """
+        Args:
+            replicate: copies of the model; each is sharded over world size / replicate devices
+                (HSDP), usually those of one node.
+            timeout_minutes: of collectives.
+        """
+        timeout = timedelta(minutes=timeout_minutes)
+        super().__init__(data_parallel_size=1, tensor_parallel_size=1, timeout=timeout)
+        self.replicate = replicate
+
+    def setup_environment(self) -> None:
+        """Starts the process groups; a mesh that the devices cannot form is a `UserError`."""
+        check_replicate(self.world_size, self.replicate)
+        # Lightning's mesh, which is not ours, must have the size of the world.
+        self._data_parallel_size = self.world_size
+        super().setup_environment()
+        self._device_mesh = make_mesh(self.root_device.type, self.world_size, self.replicate)
+
+    def build(self, model: Transformer, seed: int) -> Transformer:
+        """Shards a model on the meta device and then fills it, one parameter at a time.
+
+        One device in fp32 has nothing to gain from sharding, so its model stays as it is.
+        """
+        if self.world_size > 1 or self.param_dtype is not None:
+            shard(model, self._device_mesh, self.param_dtype)
+        model.to_empty(device=self.root_device)
+        model.initialise(Initialiser(seed, write_part))
+        return model
+
+
+def choose_strategy(strategy: Any, precision: Any) -> tuple[Strategy, Any]:
+    """Our strategy for trainer.strategy, and the precision that is left for Lightning to handle.
+
+    Raises:
+        UserError: a strategy or precision that we do not have.
+    """
+    if strategy in ("auto", "fsdp", None):
+        strategy = ShardedStrategy()
+    elif strategy == "ddp":
+        strategy = ReplicatedStrategy()
+    if not isinstance(strategy, ControlGroup):
+        raise UserError(
+            f"trainer.strategy {strategy!r} is not supported: use fsdp, ddp, or the class_path "
+            "bov_lightning.ShardedStrategy with replicate for HSDP"
+        )
+    if isinstance(strategy, ReplicatedStrategy):
+        return strategy, precision
+    check_precision(precision)
+    strategy.param_dtype = PARAM_DTYPES.get(precision)
+    return strategy, "32-true"

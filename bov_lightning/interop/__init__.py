@@ -1,0 +1,1 @@
+"""Other formats: transformers directories, the paper's authors' checkpoints."""

@@ -1,0 +1,1 @@
+"""Starting runs: SLURM jobs and sweeps."""

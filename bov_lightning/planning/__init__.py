@@ -1,0 +1,1 @@
+"""What training and decoding cost, before anything runs."""

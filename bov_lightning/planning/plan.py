@@ -1,0 +1,89 @@
+"""`bov plan`: what a recipe costs, before anything is bought."""
+
+import json
+
+from rich.console import Console
+from rich.table import Table
+
+from bov_lightning.errors import UserError
+from bov_lightning.optim.groups import scaled
+from bov_lightning.planning.memory import (
+    KINDS,
+    PARTS,
+    check_fit,
+    device_memory,
+    parse_bytes,
+    plan_memory,
+    read_layout,
+)
+from bov_lightning.recipe.budget import accumulation, make_plan
+from bov_lightning.recipe.sections import Recipe
+
+
+def print_plan(
+    recipe: Recipe, origin: str, n_device: int | None, available: str | None, as_json: bool
+) -> None:
+    """Prints the plan as a table, or as one JSON object.
+
+    Args:
+        recipe: what is to be trained.
+        origin: what to call the recipe in error messages.
+        n_device: devices of the run; None: those of the recipe.
+        available: memory of a device, such as 80GB; None: that of this machine's GPUs, if any.
+        as_json: print JSON.
+
+    Raises:
+        UserError: a run that cannot start, or (after printing) that does not fit into the memory.
+    """
+    model, batch = recipe.model, recipe.batch
+    if model.budget is None:
+        raise UserError(f"{origin}: model.budget is not set: give flops, tokens or steps")
+    if n_device is not None and n_device < 1:
+        raise UserError(f"--devices is {n_device}: at least 1")
+    layout = read_layout(recipe.trainer, n_device)
+    n_device = layout.world_size
+    if available is not None:
+        limit = parse_bytes(available)
+    else:
+        limit = device_memory() if layout.cuda else None
+    n_micro = accumulation(batch.tokens, batch.micro, model.config.sequence_len, n_device)
+    plan = make_plan(model.config, model.budget, batch.tokens)
+    plan["accumulation"] = n_micro
+    plan["optimizer"] = scaled(model.optimizer, model.config, batch.tokens)
+    plan["memory_per_device"] = memory = plan_memory(recipe, layout, n_micro)
+    if as_json:
+        print(json.dumps(plan))
+    else:
+        _print_table(recipe, plan, n_device)
+    if limit is not None:
+        check_fit(recipe, layout, memory, limit)
+
+
+def _print_table(recipe: Recipe, plan: dict, n_device: int) -> None:
+    params, memory, cache = plan["params"], plan["memory_per_device"], plan["cache"]
+    n_micro = plan["accumulation"]
+    batch = f"{recipe.batch.tokens:,} tokens = {n_device} devices x {n_micro} micro-steps"
+    rows = [
+        ("parameters, live", f"{params['live']:,}"),
+        ("  of these in value tables", f"{params['tables']:,}"),
+        ("  same recipe, standard values", f"{params['baseline']:,}"),
+        ("FLOPs per token", f"{plan['flops_per_token']:,}"),
+        ("iterations", f"{plan['iterations']:,}"),
+        ("tokens", f"{plan['tokens']:,}"),
+        ("FLOPs", f"{plan['flops']:.4g}"),
+        ("batch", batch),
+        ("memory per device, at its peak", f"{memory['peak'] / 2**30:.2f} GiB"),
+        ("  which is in the", PARTS[memory["peak_in"]]),
+        *((f"  {kind}, at most", f"{memory[kind] / 2**30:.2f} GiB") for kind in KINDS),
+        ("KV cache per token", f"{cache['bytes_per_token']:,} bytes in bf16"),
+        ("  with standard values", f"{cache['bytes_per_token_standard']:,} bytes"),
+    ]
+    if cache["break_even_tokens"]:
+        rows.append(("  tables pay off above", f"{cache['break_even_tokens']:,} cached tokens"))
+    rows += [(name, f"{value:.4g}") for name, value in plan["optimizer"].items()]
+    table = Table(show_header=False, box=None)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)

@@ -1,0 +1,1 @@
+"""Recipes: typed sections, files and overlays, strict keys, building."""

@@ -1,0 +1,1 @@
+"""Run directories, their metrics, and a run's state for the screen."""

@@ -1,0 +1,200 @@
+"""`bov generate`: streaming, batches, ends, prompts from files, and what it refuses."""
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+from variants import OVERLAYS, make_model, perturb
+
+from bov_lightning.checkpoint.directory import write_checkpoint
+from bov_lightning.cli import main
+from bov_lightning.errors import UserError
+from bov_lightning.inference.generate import Decoding, Sampling, TextStream, choose
+from bov_lightning.interop.nanochat import config_yaml
+from data_modules.tokenizer import TokenizerConfig, save_tokenizer, train_tokenizer
+
+TEXT = "import json\nfrom pathlib import Path\n\ndef read(self, path):\n    return path\nµ→é\n"
+GREEDY = Sampling(max_new_tokens=30, temperature=0)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A perturbed model with a tokenizer, complete in itself."""
+    folder = tmp_path_factory.mktemp("generate")
+    save_tokenizer(train_tokenizer([TEXT], TokenizerConfig(vocab_size=270)), folder / "tokenizer")
+    model = perturb(make_model(OVERLAYS["bov"], vocab_size=270, sequence_len=64), smear=0.9)
+    write_checkpoint(
+        folder / "checkpoint", 3, model.state_dict(), config_yaml(model.config),
+        tokenizer=folder / "tokenizer",
+    )  # fmt: skip
+    return folder / "checkpoint"
+
+
+@pytest.fixture
+def run(checkpoint, capsys):
+    """Runs `bov generate`; returns what it printed."""
+
+    def run(*options: str) -> str:
+        assert main(["generate", str(checkpoint), "--max-new-tokens", "12", *options]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def prompts_of(lengths, vocab_size=70):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(1, vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+def decode(model, prompts, sampling, **options) -> list[list[int]]:
+    decoding = Decoding(model, prompts, sampling, **options)
+    while any(decoding.running):
+        decoding.step()
+    return decoding.new
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["standard", "bov", "first_layer_every"])
+@torch.no_grad()
+def test_a_batch_gives_every_prompt_what_it_gets_alone(name):
+    """Prompts within and beyond a chunk of the prefill, the greedy choice of full forwards."""
+    model = perturb(make_model(OVERLAYS[name]), smear=0.9)
+    prompts = prompts_of([3, 700, 512, 1])
+    together = decode(model, prompts, GREEDY)
+    for prompt, new in zip(prompts, together, strict=True):
+        assert decode(model, [prompt], GREEDY) == [new]
+        logits = model(torch.tensor([prompt + new]))[0, len(prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == new
+
+
+def test_rows_end_one_by_one_and_others_go_on():
+    model = perturb(make_model(OVERLAYS["bov"]), smear=0.9)
+    prompts = prompts_of([5, 9])
+    whole = decode(model, prompts, GREEDY)
+    decoding = Decoding(model, prompts, GREEDY)
+    for step in range(30):
+        assert [token is None for token in decoding.step()] == [step > 3, False]
+        if step == 3:
+            decoding.end(0)
+    assert decoding.new == [whole[0][:4], whole[1]]
+
+
+def test_a_text_ends_at_max_context():
+    model = perturb(make_model(OVERLAYS["bov"]), smear=0.9)
+    new = decode(model, prompts_of([10, 20]), GREEDY, max_context=25)
+    assert [len(row) for row in new] == [16, 6]
+
+
+def test_top_k_and_top_p_choose_among_the_likeliest():
+    logits = torch.log(torch.tensor([0.1, 0.4, 0.3, 0.15, 0.05]))
+
+    def chosen(**settings) -> set[int]:
+        generator = torch.Generator().manual_seed(0)
+        sampling = Sampling(temperature=1.0, **settings)
+        return {choose(logits, sampling, generator) for _ in range(300)}
+
+    assert chosen() == {0, 1, 2, 3, 4}
+    assert chosen(top_k=2) == {1, 2}
+    assert chosen(top_p=0.39) == {1}
+    assert chosen(top_p=0.41) == {1, 2}
+    assert chosen(top_p=0.84) == {1, 2, 3}
+    assert chosen(top_k=1, top_p=1.0) == {1}
+
+
+def test_a_stop_string_across_tokens_is_never_shown(checkpoint):
+    from bov_lightning.checkpoint.directory import load_tokenizer
+
+    tokenizer = load_tokenizer(checkpoint)
+    ids = tokenizer.encode("return path µ→é END of it", add_special_tokens=False)
+    for stop, expected in (
+        (("END",), "return path µ→é "),
+        (("→", "END"), "return path µ"),
+        (("ENDE",), "return path µ→é END of it"),
+        ((), "return path µ→é END of it"),
+    ):
+        stream, shown = TextStream(tokenizer, stop), ""
+        for token in ids:
+            shown += stream.push(token)
+            assert expected.startswith(shown)
+            if stream.stopped:
+                break
+        assert shown + stream.flush() == expected
+        assert stream.stopped == (expected != "return path µ→é END of it")
+
+
+def test_prompts_from_files_and_stdin_are_one(run, workplace, monkeypatch):
+    greedy = ("--temperature", "0", "--json")
+    one = json.loads(run("--prompt", "def read", *greedy))
+    assert one["prompt"] == "def read"
+    assert one["tokens"] <= 12
+    (workplace / "prompt.txt").write_text("def read")
+    assert json.loads(run("--prompt-file", "prompt.txt", *greedy)) == one
+    monkeypatch.setattr(sys, "stdin", io.StringIO("def read"))
+    assert json.loads(run("--prompt-file", "-", *greedy)) == one
+
+    (workplace / "prompts.jsonl").write_text('{"prompt": "import\\n"}\n{"prompt": "def read"}\n')
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x\ndef read\nimport json"))
+    for options in (("--prompts", "prompts.jsonl"), ("--prompts", "-", "--batch-size", "1")):
+        lines = [json.loads(line) for line in run(*options, *greedy).splitlines()]
+        assert lines[1] == one
+    assert [line["prompt"] for line in lines] == ["x", "def read", "import json"]
+
+
+def test_live_text_equals_the_collected_one(run):
+    options = ("--prompt", "def ", "--seed", "3", "--top-p", "0.95", "--top-k", "50")
+    collected = json.loads(run(*options, "--json"))
+    assert run(*options) == f"def {collected['text']}\n"
+    assert run("--prompt", "x", *options).startswith("x")
+    assert collected["text"] == json.loads(run(*options, "--json", "--dtype", "float32"))["text"]
+    assert collected["text"] != json.loads(run(*options[:2], "--seed", "4", "--json"))["text"]
+
+
+def test_statistics_go_to_stderr(checkpoint, capsys):
+    assert main(["generate", str(checkpoint), "--prompt", "def ", "--max-new-tokens", "3"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    for word in ("prompt tokens", "3 new", "first token after", "tokens/s", "cache", "tables 0.06"):
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--prompt", "path " * 40, "--max-context", "30"], ["max_context is 30", "--max-context"]),
+        (["--prompt", "x" * 2000], ["max_context is 640"]),
+        (["--max-context", "0"], ["--max-context"]),
+        (["--temperature", "-1"], ["--temperature"]),
+        (["--top-p", "0"], ["--top-p"]),
+        (["--top-k", "0"], ["--top-k"]),
+        (["--stop", ""], ["--stop"]),
+        (["--prompt-file", "missing.txt"], ["missing.txt", "cannot be read"]),
+        (["--prompts", "bad.jsonl"], ["bad.jsonl line 2", "prompt"]),
+        (["--prompts", "empty.txt"], ["empty.txt", "no prompts"]),
+        (["--dtype", "int8"], ["--dtype"]),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(checkpoint, workplace, capsys, options, words):
+    (workplace / "bad.jsonl").write_text('{"prompt": "x"}\n{"promt": "y"}\n')
+    (workplace / "empty.txt").write_text("")
+    assert main(["generate", str(checkpoint), *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    for word in words:
+        assert word in line
+
+
+def test_empty_prompts_and_foreign_ids_are_refused():
+    model = make_model(OVERLAYS["bov"])
+    with pytest.raises(UserError, match="empty"):
+        Decoding(model, [[1], []], GREEDY)
+    with pytest.raises(UserError, match="token id 70"):
+        Decoding(model, [[1, 70]], GREEDY).step()
+
+
+def test_a_model_without_tokenizer_cannot_read_a_prompt(checkpoint, tmp_path, capsys):
+    model = make_model(OVERLAYS["bov"])
+    write_checkpoint(tmp_path / "bare", 1, model.state_dict(), config_yaml(model.config))
+    assert main(["generate", str(tmp_path / "bare")]) == 2
+    assert "no tokenizer" in capsys.readouterr().err

@@ -1,0 +1,207 @@
+"""Value sources from outside of the package: whose recipe names them, and who may import them."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from runs import fit
+from variants import OVERLAYS, make_model, perturb, token_ids
+
+import bov_lightning
+from bov_lightning.checkpoint.directory import (
+    CONFIG,
+    find_checkpoint,
+    write_checkpoint,
+    write_marker,
+)
+from bov_lightning.cli import main
+from bov_lightning.errors import UserError
+from bov_lightning.interop.hf_export import export
+from bov_lightning.interop.nanochat import config_yaml
+from bov_lightning.model.config import ValueConfig
+from bov_lightning.model.values import BankOfValues, class_path
+
+SOURCE = '''
+"""Values of somebody's own."""
+
+from pathlib import Path
+
+from bov_lightning.model.values import InitialEmbeddingValue
+
+Path("imported").touch()
+
+
+class Doubled(InitialEmbeddingValue):
+    """Twice the initial embedding's value."""
+
+    def forward(self, inputs, projection):
+        """(B, T, V)."""
+        return 2 * super().forward(inputs, projection)
+'''
+
+
+@pytest.fixture
+def module(workplace, monkeypatch):
+    """A module of somebody's own that says when it is imported, and an overlay that names it."""
+    name = "my_values"
+    (workplace / f"{name}.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(str(workplace))
+    monkeypatch.delenv("BOV_TRUSTED_MODULES", raising=False)
+    value = {"source": f"{name}.Doubled", "layers": "last_third", "coefficient": "learned",
+             "add_context": False, "shared": False}  # fmt: skip
+    overlay = {"model": {"config": {"value": value}}}
+    (workplace / "doubled.yaml").write_text(yaml.safe_dump(overlay))
+    yield name
+    sys.modules.pop(name, None)
+
+
+def strangers_checkpoint(workplace, source: str):
+    """A complete checkpoint whose configuration names ``source``."""
+    model = make_model(OVERLAYS["initial_embedding"])
+    write_checkpoint(workplace / "theirs", 3, model.state_dict(), config_yaml(model.config))
+    path = workplace / "theirs" / CONFIG
+    path.write_text(path.read_text().replace("initial_embedding", source))
+    size, checksum = path.stat().st_size, bov_lightning.checkpoint.directory.checksum(path)
+    marker = bov_lightning.checkpoint.directory.read_marker(workplace / "theirs")
+    files = marker["files"] | {CONFIG: {"bytes": size, "crc32": checksum}}
+    write_marker(workplace / "theirs", 3, files)
+    return workplace / "theirs"
+
+
+@pytest.mark.parametrize("command", ["validate", "generate", "export", "load"])
+def test_a_checkpoint_imports_nothing(command, module, workplace, capsys):
+    theirs = strangers_checkpoint(workplace, f"{module}.Doubled")
+    options = {"generate": ["--prompt", "x"], "export": ["--output", "out"]}
+    if command == "load":
+        with pytest.raises(UserError, match="BOV_TRUSTED_MODULES=my_values"):
+            bov_lightning.load(theirs)
+    else:
+        assert main([command, str(theirs), *options.get(command, [])]) == 2
+        assert "BOV_TRUSTED_MODULES=my_values" in capsys.readouterr().err
+    assert module not in sys.modules
+    assert not (workplace / "imported").exists()
+    assert not (workplace / "out").exists()
+
+
+def test_an_export_imports_nothing(module, workplace, capsys):
+    export(write_bank(workplace), workplace / "theirs")
+    path = workplace / "theirs" / "config.json"
+    path.write_text(path.read_text().replace('"source": "bank"', f'"source": "{module}.Doubled"'))
+    for command in (["generate", "theirs", "--prompt", "x"], ["import", "hf", "theirs"]):
+        assert main([*command, *(["--output", "out"] if command[0] == "import" else [])]) == 2
+        assert "is not imported" in capsys.readouterr().err
+    assert not (workplace / "imported").exists()
+
+
+def write_bank(workplace):
+    model = make_model(OVERLAYS["bov"])
+    write_checkpoint(workplace / "ours", 3, model.state_dict(), config_yaml(model.config))
+    return workplace / "ours"
+
+
+def test_who_trusts_a_module_reads_its_checkpoints(module, workplace, monkeypatch):
+    theirs = strangers_checkpoint(workplace, f"{module}.Doubled")
+    monkeypatch.setenv("BOV_TRUSTED_MODULES", f"another,{module}")
+    model, _ = bov_lightning.load(theirs)
+    assert (workplace / "imported").exists()
+    assert class_path(type(model.blocks[-1].attention.value.source)) == f"{module}.Doubled"
+
+
+@pytest.mark.slow
+def test_ones_own_recipe_trains_and_goes_on(module, tiny_recipe, capsys):
+    run = fit(tiny_recipe, "--config", "doubled.yaml")
+    assert (run / "checkpoints" / "step-00000008").is_dir()
+    stored = yaml.safe_load((find_checkpoint(run) / CONFIG).read_text())
+    assert stored["model"]["config"]["value"]["source"] == f"{module}.Doubled"
+    fit(tiny_recipe, "--config", "doubled.yaml")
+    assert main(["validate", str(run)]) == 0
+    assert main(["validate", str(run), "--config", "doubled.yaml"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("nowhere.Source", "no module nowhere"),
+        ("my_values.Missing", "is not imported"),
+        ("os.path", "is not imported"),
+        ("bov_lightning.model.values.ValueSource", "is not imported"),
+        ("my_values..Doubled", "no class path"),
+        (".Doubled", "no class path"),
+    ],
+)
+def test_what_is_no_value_source_is_refused(source, words, module, tiny_recipe, capsys):
+    options = ["--config", str(tiny_recipe), "--model.config.value.source", source]
+    assert main(["plan", *options]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_module_that_fails_to_import_something_else_is_not_blamed(module, tiny_recipe):
+    """Its author wants the traceback."""
+    with open("my_values.py", "a") as file:
+        file.write("import a_library_that_is_missing\n")
+    with pytest.raises(ModuleNotFoundError, match="a_library_that_is_missing"):
+        main(["plan", "--config", str(tiny_recipe), "--config", "doubled.yaml"])
+
+
+def test_a_module_that_is_loaded_again_counts(module):
+    import importlib
+
+    first = importlib.import_module(module).Doubled
+    again = importlib.reload(sys.modules[module]).Doubled
+    assert first is not again
+    assert bov_lightning.model.values.source_class(f"{module}.Doubled") is again
+    assert ValueConfig("bank") == ValueConfig("bank")
+    assert bov_lightning.model.values.source_class("bank") is BankOfValues
+
+
+@torch.no_grad()
+def test_a_name_of_the_package_cannot_be_taken(module, workplace):
+    text = (workplace / "my_values.py").read_text()
+    text = text.replace("    def forward", '    name = "initial_embedding"\n\n    def forward')
+    (workplace / "my_values.py").write_text(text)
+    __import__(module)
+    ids = token_ids(30)
+    taken = perturb(make_model({"source": "initial_embedding"}), 0.5)(ids)
+    doubled = perturb(make_model({"source": f"{module}.Doubled"}), 0.5)(ids)
+    assert not torch.allclose(taken, doubled)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["import numpy as np", "from bov_lightning.model.layers import Linear as L", "from . import x",
+     "import bov_lightning.model.layers"],
+)  # fmt: skip
+def test_an_export_is_refused_a_module_that_needs_more(line, workplace, monkeypatch, capsys):
+    name = "needs_more"
+    text = SOURCE.replace("from pathlib import Path\n", f"def _later():\n    {line}\n")
+    (workplace / f"{name}.py").write_text(text.replace('Path("imported").touch()\n', ""))
+    monkeypatch.syspath_prepend(str(workplace))
+    monkeypatch.setenv("BOV_TRUSTED_MODULES", name)
+    theirs = strangers_checkpoint(workplace, f"{name}.Doubled")
+    assert main(["export", str(theirs), "--output", "out"]) == 2
+    assert line in capsys.readouterr().err
+    assert not (workplace / "out").exists()
+    sys.modules.pop(name, None)
+
+
+@pytest.mark.slow
+def test_an_export_needs_neither_the_package_nor_the_module(workplace):
+    model = perturb(make_model(OVERLAYS["low_rank_bank"]), smear=0.9)
+    write_checkpoint(workplace / "ours", 3, model.state_dict(), config_yaml(model.config))
+    export(workplace / "ours", workplace / "out")
+    torch.save(model(token_ids(40)), workplace / "expected.pt")
+    program = """
+import sys
+for name in ("bov_lightning", "low_rank_bank"):
+    sys.modules[name] = None
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True).eval()
+generator = torch.Generator().manual_seed(3)
+ids = torch.randint(0, 70, (2, 40), generator=generator)
+expected = torch.load("expected.pt")
+assert torch.allclose(model(ids).logits, expected, atol=1e-5)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=workplace)

@@ -1,0 +1,276 @@
+"""`bov plan` and the memory of a device: against what training takes, and against arithmetic."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from bov_lightning.cli import main
+from bov_lightning.errors import UserError
+from bov_lightning.model.attention import _band_mask, _window_mask
+from bov_lightning.model.transformer import Transformer
+from bov_lightning.planning import memory
+from bov_lightning.planning.memory import KINDS, Layout, parse_bytes, plan_memory, read_layout
+from bov_lightning.recipe.budget import accumulation
+from bov_lightning.recipe.sections import Recipe, build, merge
+
+# Nothing divides by 3, and a padded vocabulary of 1,024 rows is the most of it.
+SETTINGS = {
+    "model": {
+        "config": {
+            "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_model": 64, "vocab_size": 1000,
+            "sequence_len": 256, "window_pattern": "SL",
+            "value": {
+                "source": "bank", "layers": "every", "coefficient": "learned",
+                "add_context": False, "shared": False,
+            },
+        },
+        "budget": {"steps": 2},
+    },
+    "batch": {"tokens": 4096, "micro": 2},
+    "trainer": {"accelerator": "cpu"},
+}  # fmt: skip
+
+
+def recipe_of(*overlays: dict) -> Recipe:
+    settings = SETTINGS
+    for overlay in overlays:
+        settings = merge(settings, overlay)
+    return build(Recipe, settings, "test")
+
+
+def plan(*overlays: dict, world: int = 1) -> dict:
+    return _plan(json.dumps(overlays), world)
+
+
+@cache
+def _plan(overlays: str, world: int) -> dict:
+    recipe = recipe_of(*json.loads(overlays))
+    layout = read_layout(recipe.trainer, world)
+    # Not what batch.tokens says: the micro-steps are the same on any number of devices.
+    return plan_memory(recipe, layout, n_micro=2)
+
+
+def trainer(**keys) -> dict:
+    return {"trainer": keys}
+
+
+def weights(table: bool) -> list[torch.nn.Parameter]:
+    groups = Transformer(recipe_of().model.config).grouped_parameters()
+    return [p for name, group in groups.items() for p in group if (name == "table") == table]
+
+
+def test_one_device_holds_what_the_parameters_say():
+    """fp32: 4 bytes; AdamW keeps two numbers per weight, Muon one and one per row or column."""
+    found = plan()
+    rest, tables = weights(False), weights(True)
+    assert found["parameters"] == found["gradients"] == sum(4 * p.numel() for p in rest)
+    assert found["tables"] == sum(16 * p.numel() + 4 for p in tables)
+    groups = Transformer(recipe_of().model.config).grouped_parameters()
+    matrices = groups.pop("matrix")
+    adamw = [p for name, group in groups.items() if name != "table" for p in group]
+    expected = sum(8 * p.numel() + 4 for p in adamw)  # and the step
+    expected += sum(4 * p.numel() + 4 * max(p.shape) for p in matrices)
+    assert found["optimizer"] == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("world", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))])
+def test_sharding_divides_parameters_gradients_optimizer_and_tables(world):
+    one, many = plan(), plan(world=world)
+    for kind in ("parameters", "gradients", "optimizer", "tables"):
+        n_parameter = len(weights(table=kind == "tables"))
+        # A row of padding per parameter at most, in each of up to four copies; and the steps.
+        padding = 4 * n_parameter * (4 * 4 * 64 + 64)
+        assert one[kind] / world <= many[kind] <= one[kind] / world + padding, kind
+        assert many[kind] < 0.8 * one[kind]
+    assert many["activations"] == pytest.approx(one["activations"], rel=0.05)
+
+
+@pytest.mark.slow
+def test_copies_hold_what_their_shards_hold():
+    strategy = {"class_path": "bov_lightning.ShardedStrategy"}
+    copies = trainer(strategy={**strategy, "init_args": {"replicate": 2}})
+    found, expected = plan(copies, world=4), plan(world=2)
+    for kind in ("parameters", "gradients", "optimizer", "tables", "activations"):
+        assert found[kind] == expected[kind], kind
+
+
+def test_ddp_holds_everything_and_its_messages():
+    one, ddp = plan(), plan(trainer(strategy="ddp"), world=8)
+    for kind in ("parameters", "optimizer", "tables", "activations"):
+        assert ddp[kind] == one[kind], kind
+    assert ddp["gradients"] == 2 * one["gradients"] + sum(4 * p.numel() for p in weights(True))
+    assert ddp["peak"] > one["peak"]
+
+
+@pytest.mark.slow
+def test_activations_follow_micro_checkpointing_and_precision():
+    micro = {"batch": {"micro": 4}}
+    recompute = {"activation_checkpointing": True}
+    half = trainer(precision="bf16-mixed")
+    one = plan()["activations"]
+    # Masks and rotary angles are there once.
+    assert plan(micro)["activations"] == pytest.approx(2 * one, rel=0.1)
+    assert plan(recompute)["activations"] < 0.9 * one
+    # On a CPU norms of bf16 numbers keep fp32 ones, so that bf16 alone saves nothing at this size;
+    # autocast keeps fp32 and bf16 of what it casts.
+    assert plan(half, world=2)["activations"] < plan(half)["activations"]
+
+
+def test_tables_are_counted_apart():
+    standard = {"model": {"config": {"value": {"source": "context"}}}}
+    shared = {"model": {"config": {"value": {"shared": True}}}}
+    assert plan(standard)["tables"] == 0
+    assert 2 * plan(shared)["tables"] == plan()["tables"]
+    assert plan(shared)["parameters"] == plan()["parameters"]
+
+
+def test_accumulation_keeps_gradients_through_the_forward_pass():
+    recipe = recipe_of({"batch": {"micro": 32}})
+    once, often = (plan_memory(recipe, Layout(), n_micro) for n_micro in (1, 4))
+    assert once["peak"] <= often["peak"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accelerator", ["cpu", "gpu"])
+def test_value_variants_have_a_plan(accelerator):
+    from variants import OUTSIDE, PAPER, PATHS
+
+    from bov_lightning.recipe.sections import read_yaml
+
+    for path in (*PAPER[::5], *(PATHS[name] for name in OUTSIDE)):
+        found = plan(read_yaml(path), trainer(accelerator=accelerator), world=2)
+        assert found["peak"] >= max(found[kind] for kind in KINDS), path
+
+
+def test_the_simulation_leaves_nothing_behind():
+    plan(world=2)
+    assert not torch.distributed.is_initialized()
+    model, rows = Transformer(recipe_of().model.config), torch.zeros(1, 257, dtype=torch.int64)
+    assert torch.isfinite(model(rows[:, :-1], rows[:, 1:]))
+    for mask, sizes in ((_window_mask, (128, 128)), (_band_mask, (128, 256, 128))):
+        assert type(mask(*sizes, torch.device("cpu"))) is torch.Tensor
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overlay",
+    [
+        {},
+        {"model": {"config": {"document_start": 0}}},
+        {"model": {"config": {"value": {"add_context": True, "layers": "last_third"}}}},
+        {"model": {"config": {"value": {"coefficient": "gate", "add_context": True}}}},
+        {"model": {"config": {"value": {"source": "first_layer", "coefficient": 0.5}}}},
+        {"activation_checkpointing": True, "batch": {"micro": 8}},
+        {"trainer": {"accelerator": "gpu"}, "batch": {"micro": 32}},
+        {"trainer": {"accelerator": "gpu", "strategy": "ddp"}},
+    ],
+)
+def test_tensors_on_the_meta_device_need_what_fake_ones_need(overlay, monkeypatch):
+    recipe = recipe_of(overlay)
+    layout = read_layout(recipe.trainer, 2 if "strategy" in recipe.trainer else 1)
+    found = [plan_memory(recipe, layout, n_micro) for n_micro in (1, 4)]
+    monkeypatch.setattr(memory, "_meta_device", lambda recomputes: memory._fake_ranks(layout))
+    assert found == [plan_memory(recipe, layout, n_micro) for n_micro in (1, 4)]
+
+
+def test_world_size_comes_from_the_recipe():
+    def world(**keys) -> int:
+        return read_layout({"accelerator": "cpu", **keys}).world_size
+
+    assert world() == 1
+    assert world(devices=4, num_nodes=3) == 12
+    assert world(devices=[0, 2]) == world(devices="0,2") == world(devices="2") == 2
+    assert read_layout({"devices": 4}, 16).world_size == 16
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"strategy": "deepspeed"}, "deepspeed"),
+        ({"precision": "16-true"}, "precision 16-true"),
+        ({"strategy": "ddp", "precision": "64-true"}, "precision 64-true"),
+        ({"strategy": {"class_path": "ShardedStrategy", "init_args": {"replicate": 3}}}, "copies"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(section, message):
+    with pytest.raises(UserError, match=message):
+        read_layout(section, 4)
+
+
+def test_sizes_of_devices():
+    assert parse_bytes("80GB") == 80 * 10**9
+    assert parse_bytes("79.5 GiB") == int(79.5 * 2**30)
+    assert parse_bytes("1234") == parse_bytes("1234b") == 1234
+    for text in ("80 apples", "", "-1GB", "GB"):
+        with pytest.raises(UserError, match="such as 80GB"):
+            parse_bytes(text)
+
+
+@pytest.mark.slow
+def test_command_prints_the_plan_and_fails_when_it_does_not_fit(tiny_recipe, capsys):
+    command = ["plan", "--config", str(tiny_recipe), "--devices", "2"]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["memory_per_device"]
+    assert set(found) == {*KINDS, "peak", "peak_in"}
+    assert main([*command, "--memory", str(found["peak"])]) == 0
+    assert "tables" in capsys.readouterr().out
+    assert main([*command, "--json", "--memory", str(found["peak"] - 1)]) == 2
+    out, error = capsys.readouterr()
+    assert json.loads(out)["memory_per_device"] == found
+    assert error.count("\n") == 1
+    for advice in ("activation_checkpointing true", "batch.micro below 4", "more devices than 2"):
+        assert advice in error
+
+
+LARGE_TABLES = {
+    "model": {
+        "config": {
+            "n_layer": 3, "d_model": 256, "n_kv_head": 4, "vocab_size": 24576, "sequence_len": 128,
+            "window_pattern": "L", "value": {"layers": "every"},
+        },
+    },
+    "batch": {"tokens": 1024, "micro": 4},
+}  # fmt: skip
+
+
+def measure(settings: dict, world: int, folder: Path) -> list[int]:
+    """Bytes that each of ``world`` processes took."""
+    path = folder / "recipe.json"
+    path.write_text(json.dumps(settings))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    # Freed memory goes back at once, so that resident memory is living memory.
+    malloc = {
+        "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144",
+        "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    script = Path(__file__).parent.parent / "measure_memory.py"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), str(world), port, path],
+            env={**os.environ, **malloc}, stdout=subprocess.PIPE, text=True,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    return [int(process.communicate()[0].split()[-1]) for process in processes]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("world", [1, 2])
+def test_plan_is_what_training_takes(world, tmp_path):
+    """Within 15%; the tables are half of a rank's memory and more."""
+    settings = merge(SETTINGS, LARGE_TABLES)
+    recipe = build(Recipe, settings, "test")
+    n_micro = accumulation(recipe.batch.tokens, recipe.batch.micro, 128, world)
+    planned = plan_memory(recipe, read_layout(recipe.trainer, world), n_micro)
+    for measured in measure(settings, world, tmp_path):
+        assert measured == pytest.approx(planned["peak"], rel=0.15)
