@@ -15,10 +15,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 from harness import median_seconds, report
 
 from bov_lightning.checkpoint import writing as saving
+from bov_lightning.checkpoint.resuming import optimizer_state_of, random_state, weights_of
+from bov_lightning.distributed.ranks import Ranks
 from bov_lightning.model.transformer import Transformer
-from bov_lightning.optim.groups import OptimizerConfig, build_groups
+from bov_lightning.optim.config import OptimizerConfig
+from bov_lightning.optim.groups import build_groups
 from bov_lightning.optim.muon_adamw import MuonAdamW
-from bov_lightning.recipe.sections import Recipe, build, fill_vocab_size, find_recipe, read_yaml
+from bov_lightning.recipe.building import build
+from bov_lightning.recipe.overlays import fill_vocab_size, find_recipe, read_yaml
+from bov_lightning.recipe.sections import Recipe
 
 
 def main() -> None:
@@ -42,14 +47,14 @@ def main() -> None:
         optimizer.zero_grad()
 
     step()
-    ranks = saving.Ranks(None)
+    ranks = Ranks(None)
     with tempfile.TemporaryDirectory() as folder:
         writer = saving.CheckpointWriter(Path(folder), "model: {}", ranks)
 
         def start() -> None:
-            state = saving.optimizer_state_of(model, optimizer)
-            state |= saving.random_state(0, torch.device("cpu"))
-            writer.start(1, saving.weights_of(model), state, {}, lambda: None)
+            state = optimizer_state_of(model, optimizer)
+            state |= random_state(0, torch.device("cpu"))
+            writer.start(1, weights_of(model), state, {}, lambda: None)
 
         def save() -> None:
             start()
@@ -63,9 +68,9 @@ def main() -> None:
             writer.wait()
         seconds["stall"] = sorted(stalls)[len(stalls) // 2]
 
-    n_byte = sum(t.numel() * t.element_size() for t in saving.weights_of(model).values())
+    n_byte = sum(t.numel() * t.element_size() for t in weights_of(model).values())
     n_byte += sum(
-        t.numel() * t.element_size() for t in saving.optimizer_state_of(model, optimizer).values()
+        t.numel() * t.element_size() for t in optimizer_state_of(model, optimizer).values()
     )
     report(
         "checkpoint",

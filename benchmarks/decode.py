@@ -20,12 +20,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import harness
 from harness import peak_memory_mb, report, side_by_side
 
-from bov_lightning.inference.generate import Decoding, Sampling
+from bov_lightning.inference.decoding import Decoding
+from bov_lightning.inference.sampling import Sampling
 from bov_lightning.model.cache import Cache
 from bov_lightning.model.config import TransformerConfig, ValueConfig
+from bov_lightning.model.counting import meta_model, with_standard_values
 from bov_lightning.model.decode import attend_bank, attend_values
 from bov_lightning.model.transformer import Transformer
-from bov_lightning.recipe.budget import meta_model, with_standard_values
 
 N_HEAD, HEAD_DIM, VOCAB = 12, 128, 32768
 BOV = ValueConfig("bank", "last_third", "learned")

@@ -29,10 +29,12 @@ import harness
 from harness import report, side_by_side
 
 from bov_lightning.model.config import TransformerConfig, ValueConfig
+from bov_lightning.model.counting import with_standard_values
 from bov_lightning.model.transformer import Transformer
-from bov_lightning.optim.groups import OptimizerConfig, build_groups
+from bov_lightning.optim.config import OptimizerConfig
+from bov_lightning.optim.groups import build_groups
 from bov_lightning.optim.muon_adamw import MuonAdamW
-from bov_lightning.recipe.budget import peak_flops, with_standard_values
+from bov_lightning.planning.devices import peak_flops
 
 BOV = ValueConfig("bank", "last_third", "learned")
 QUICKSTART = TransformerConfig(6, 2, 2, 128, 4096, 256, "L", value=BOV)
@@ -164,7 +166,11 @@ def _fit_in_turns(config: TransformerConfig, micro: int, n_step: int) -> tuple[f
 
     from lightning.pytorch import Callback
 
-    from bov_lightning.recipe.sections import Recipe, build, merge, plain, read_yaml
+    from bov_lightning.recipe.building import build
+    from bov_lightning.recipe.given import Given
+    from bov_lightning.recipe.overlays import merge, read_yaml
+    from bov_lightning.recipe.sameness import plain
+    from bov_lightning.recipe.sections import Recipe
     from bov_lightning.training import fit as training
 
     batch_tokens = micro * config.sequence_len
@@ -207,12 +213,12 @@ def _fit_in_turns(config: TransformerConfig, micro: int, n_step: int) -> tuple[f
         settings = merge(read_yaml(quickstart), overlay)
         recipe = build(Recipe, settings, "benchmark")
         # `bov fit` measures steps from the end of one to the end of the next; so does this.
-        original = training._evaluator
-        training._evaluator = lambda *arguments: [Turns()]
+        original = training._callbacks
+        training._callbacks = lambda *arguments: [*original(*arguments), Turns()]
         try:
-            training.fit(recipe, settings, "benchmark")
+            training.fit(Given(recipe, settings, "benchmark"))
         finally:
-            training._evaluator = original
+            training._callbacks = original
     # The first steps warm up, and the last one saves.
     return statistics.median(times["bare"][2:-1]), statistics.median(times["fit"][1:-1])
 

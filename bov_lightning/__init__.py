@@ -7,7 +7,7 @@ nothing.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from bov_lightning.version import __version__
 
 _EXPORTS = {
     "BankOfValues": "bov_lightning.model.values",
@@ -16,17 +16,23 @@ _EXPORTS = {
     "Transformer": "bov_lightning.model.transformer",
     "TransformerConfig": "bov_lightning.model.config",
     "ValueConfig": "bov_lightning.model.config",
-    "load": "bov_lightning.checkpoint.directory",
+    "load": "bov_lightning.inference.loading",
 }
 
 __all__ = [
-    "BankOfValues", "ReplicatedStrategy", "ShardedStrategy", "Transformer", "TransformerConfig",
-    "ValueConfig", "load",
+    "BankOfValues",
+    "ReplicatedStrategy",
+    "ShardedStrategy",
+    "Transformer",
+    "TransformerConfig",
+    "ValueConfig",
+    "__version__",
+    "load",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
-    from bov_lightning.checkpoint.directory import load
     from bov_lightning.distributed.strategy import ReplicatedStrategy, ShardedStrategy
+    from bov_lightning.inference.loading import load
     from bov_lightning.model.config import TransformerConfig, ValueConfig
     from bov_lightning.model.transformer import Transformer
     from bov_lightning.model.values import BankOfValues

@@ -1,4 +1,4 @@
-"""The one exception for mistakes that the user can put right."""
+"""The exceptions of this project; `UserError` is for mistakes that the user can put right."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,11 @@ class UserError(ValueError):
     The ``bov`` command prints the line without a traceback and exits with code 2. It is a
     ``ValueError``, so that config dataclasses can raise it while they are being parsed.
     """
+
+
+class EvaluationInterruptedError(Exception):
+    """An evaluation was asked to stop; all ranks raise it after the same batch."""
+
+
+class RankFailedError(RuntimeError):
+    """Something failed on another rank, whose message it holds."""

@@ -13,12 +13,6 @@ FULL = 2**20
 """A file system with fewer free bytes than this counts as full."""
 
 
-def packaged_recipes() -> Path:
-    """The folder of the recipes that come with the package."""
-    inside = Path(__file__).parent / "recipes"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
-
-
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -108,3 +102,9 @@ def write_file(target: Path, content: str | Callable[[BinaryIO], None]) -> None:
         else:
             content(file)
         file.flush()
+
+
+def refuse_filled(output: Path) -> None:
+    """Raises a `UserError` where ``output`` holds something."""
+    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
+        raise UserError(f"{output} exists and is not empty: choose another --output")

@@ -1,3 +1,5 @@
-"""``import bov_lightning.hf`` registers the classes with `transformers`."""
+"""``import bov_lightning.hf``: `AutoModelForCausalLM.from_pretrained` then reads exports."""
 
-import bov_lightning.interop.hf_export  # noqa: F401
+from bov_lightning.interop.hf_import import register
+
+register()

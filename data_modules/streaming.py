@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bov_lightning.distributed.ranks import Ranks
 from bov_lightning.errors import UserError
 from data_modules.corpus import Corpus
 from data_modules.lanes import serve, start_lane
@@ -123,12 +124,8 @@ class StreamingRows:
 
     def state_dict(self) -> dict[str, Any]:
         """Step and state of every lane, whoever owns it."""
-        states = self.states
-        if self.world > 1:
-            gathered: list = [None] * self.world
-            own = {i: self.states[i] for i in self.lanes}
-            torch.distributed.all_gather_object(gathered, own)
-            states = {i: state for part in gathered for i, state in part.items()}
+        own = {i: self.states[i] for i in self.lanes}
+        states = {i: s for part in Ranks.of_job().gather(own) for i, s in part.items()}
         return {
             "step": self.step,
             "rows_per_step": self.rows_per_lane * self.n_lane,

@@ -1,6 +1,6 @@
 """How Sphinx makes a website of these pages; `make docs` runs it, with warnings as errors."""
 
-from bov_lightning import __version__ as release
+from bov_lightning.version import __version__ as release
 
 project = "bov-lightning"
 extensions = ["myst_parser"]

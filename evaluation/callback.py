@@ -10,15 +10,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import PreTrainedTokenizerFast
 
 from bov_lightning.console import say
+from bov_lightning.distributed.ranks import Ranks
+from bov_lightning.errors import EvaluationInterruptedError
 from bov_lightning.recipe.sections import EvaluationConfig
-from bov_lightning.run.loggers import Reporter, reporter_of
+from bov_lightning.run.directory import EVAL
+from bov_lightning.run.status import Status
 from evaluation import claims
 from evaluation.backends import TransformerBackend
 from evaluation.heldout import needs_heldout, write_from_data
-from evaluation.ranks import EvaluationInterruptedError, Ranks
 from evaluation.report import headline
 from evaluation.results import (
-    EVAL,
     HELDOUT,
     is_done,
     metrics,
@@ -60,6 +61,8 @@ class Evaluator(Callback):
             all.
         on_interrupt: called on every rank then, at the step boundary that the evaluation belongs
             to: the place to save and stop, so that the resumed run makes up for it.
+        status: what the run's view shows.
+        on_evaluated: called on every rank after an evaluation, which took its time.
     """
 
     def __init__(
@@ -69,10 +72,13 @@ class Evaluator(Callback):
         checkpoint_every: int,
         should_stop: Callable[[], bool] = lambda: False,
         on_interrupt: Callable[[Trainer, LightningModule], None] = lambda trainer, module: None,
+        status: Status | None = None,
+        on_evaluated: Callable[[Trainer], None] = lambda trainer: None,
     ):
         self.run_directory, self.config = run_directory, config
         self.checkpoint_every = checkpoint_every
         self.should_stop, self.on_interrupt = should_stop, on_interrupt
+        self.status, self.on_evaluated = status or Status(run_directory.name), on_evaluated
         self.benchmarks = benchmarks_of(config, run_directory)
         self.handled_step = 0
 
@@ -85,7 +91,7 @@ class Evaluator(Callback):
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Finds out before the first step whether tasks and data are there."""
-        self.ranks = Ranks()
+        self.ranks = Ranks.of_job()
         self.ranks.together(lambda: self._prepare(trainer))
         # Freed again: rows and few-shot examples need not lie in memory while training.
         self.ranks.together(lambda: load_tasks(self.benchmarks))
@@ -147,8 +153,7 @@ class Evaluator(Callback):
     def _evaluate(self, trainer: Trainer, module: LightningModule, step: int) -> bool:
         """Whether it came to its end."""
         started = time.monotonic()
-        reporter = reporter_of(trainer)
-        shown = _Progress(reporter, step, trainer.is_global_zero)
+        shown = _Progress(self.status, step, trainer.is_global_zero)
         runtime = Runtime(
             budget=self.config.tokens_per_forward, should_stop=self.should_stop,
             progress=shown.update, ranks=self.ranks,
@@ -167,8 +172,7 @@ class Evaluator(Callback):
         if trainer.is_global_zero:
             seconds = time.monotonic() - started
             say(f"step {step}  {headline(results)}  (evaluated in {seconds:.1f} s)")
-        if reporter is not None and hasattr(reporter, "measured_step"):
-            reporter.leave_out(trainer)
+        self.on_evaluated(trainer)
         return True
 
     def _publish(self, trainer: Trainer, results: dict[str, Any], step: int) -> None:
@@ -180,8 +184,7 @@ class Evaluator(Callback):
         self._log(trainer, results, step)
 
     def _log(self, trainer: Trainer, results: dict[str, Any], step: int) -> None:
-        if reporter := reporter_of(trainer):
-            reporter.status.evaluated_step, reporter.status.evaluation = step, headline(results)
+        self.status.evaluated_step, self.status.evaluation = step, headline(results)
         for logger in trainer.loggers:
             logger.log_metrics(metrics(results), step=step)
             logger.save()
@@ -190,21 +193,19 @@ class Evaluator(Callback):
 class _Progress:
     """What the run's view says meanwhile, or a line now and then where there is none."""
 
-    def __init__(self, reporter: Reporter | None, step: int, is_zero: bool):
-        self.reporter, self.step = reporter, step
-        self.says_lines = is_zero and (reporter is None or reporter.view is None)
+    def __init__(self, status: Status, step: int, is_zero: bool):
+        self.status, self.step = status, step
+        self.says_lines = is_zero and not status.is_shown
         self.line_at = time.monotonic()
 
     def update(self, done: int, total: int) -> None:
         """Takes finished and total rows of this rank."""
         line = f"evaluating step {self.step}: {done:,} of {total:,} rows"
-        if self.reporter is not None:
-            self.reporter.status.activity = line
+        self.status.activity = line
         if self.says_lines and time.monotonic() - self.line_at >= LINES_EVERY_S:
             self.line_at = time.monotonic()
             say(line)
 
     def end(self) -> None:
         """Says that it is over."""
-        if self.reporter is not None:
-            self.reporter.status.activity = ""
+        self.status.activity = ""

@@ -13,7 +13,8 @@ import threading
 import time
 from pathlib import Path
 
-from evaluation.results import EVAL
+from bov_lightning.checkpoint.directory import step_name
+from bov_lightning.run.directory import EVAL
 
 STALE_AFTER_S = 60.0
 """Without a sign of life for so long, an owner counts as dead."""
@@ -22,7 +23,7 @@ STALE_AFTER_S = 60.0
 def of_step(run: Path, step: int, settings: dict) -> tuple[Path, str]:
     """Directory and name of a claim: the same for all who would evaluate a step in the same way."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    return run / EVAL / "claims", f"step-{step:08d}-{digest[:12]}"
+    return run / EVAL / "claims", f"{step_name(step)}-{digest[:12]}"
 
 
 def _identity() -> dict[str, str | int]:

@@ -15,11 +15,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from bov_lightning.checkpoint import directory as checkpoints
-from bov_lightning.errors import UserError
+from bov_lightning.distributed.ranks import Ranks
+from bov_lightning.errors import EvaluationInterruptedError, UserError
+from bov_lightning.inference.loading import check_device, load
+from bov_lightning.recipe.data_module import build_data
+from bov_lightning.recipe.given import read_stored
+from bov_lightning.run.directory import EVAL
 from evaluation import heldout, report
 from evaluation.backends import Backend, HuggingFaceBackend, TransformerBackend
-from evaluation.ranks import EvaluationInterruptedError, Ranks
-from evaluation.results import EVAL, HELDOUT, write_results
+from evaluation.results import HELDOUT, write_results
 from evaluation.runner import Benchmarks, Runtime, download_data, load_tasks, run
 from evaluation.watch import Watcher, read_step
 
@@ -44,7 +48,7 @@ def load_model(path: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, B
         backend: Backend = HuggingFaceBackend(model)
     else:
         try:
-            model, tokenizer = checkpoints.load(path, device=device, dtype=dtype)
+            model, tokenizer = load(path, device=device, dtype=dtype)
         except FileNotFoundError as error:
             raise UserError(f"{path} was removed while it was read: {error}") from error
         backend = TransformerBackend(model)
@@ -84,17 +88,11 @@ def _heldout_directory(path: Path, temporary: Path) -> Path:
     own = run_of(path)
     if own is not None and (own / EVAL / HELDOUT / "continuation.jsonl").is_file():
         return own / EVAL / HELDOUT
-    from bov_lightning.cli import _check_stored_classes
-    from bov_lightning.recipe.sections import Recipe, build, check_keys, read_yaml
-    from bov_lightning.training.fit import build_data
-
     config = checkpoints.find_checkpoint(path) / checkpoints.CONFIG
-    settings = read_yaml(config)
-    check_keys(settings, str(config))
-    if not settings.get("data"):
+    given = read_stored(config)
+    if not given.plain.get("data"):
         raise UserError(f"{config} has no data section, which the heldout tasks are made from")
-    _check_stored_classes(settings, config)
-    data = build_data(build(Recipe, settings, str(config)), str(config))
+    data = build_data(given)
     data.prepare_data()
     data.setup("validate")
     heldout.write_from_data(temporary / HELDOUT, data)
@@ -134,15 +132,12 @@ class Command:
         self._temporary = tempfile.TemporaryDirectory(
             prefix="bov-heldout-"
         )  # gone with the command
-        if options["device"].startswith("cuda") and not torch.cuda.is_available():
-            raise UserError(
-                f"--device {options['device']}: this machine has no usable GPU; use --device cpu"
-            )
+        check_device(options["device"])
         for name in ("max_per_task", "tokens_per_forward", "time_limit"):
             if options[name] is not None and options[name] <= 0:
                 raise UserError(f"--{name.replace('_', '-')} is {options[name]}: more than 0")
         self.device = _join_ranks(options["device"])
-        self.ranks = Ranks()
+        self.ranks = Ranks.of_job()
         tasks = tuple(dict.fromkeys(t for part in options["tasks"] for t in part.split(",") if t))
         self.benchmarks = Benchmarks(
             tasks=tasks, max_per_task=options["max_per_task"], data_dir=options["data_dir"],

@@ -6,18 +6,28 @@ the pieces, wherever the tokenizer cuts at the seams anyway.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from bov_lightning.errors import UserError
 
-if TYPE_CHECKING:
-    from evaluation.scorer import Prompts
-
 SEAM = 12
 """Characters on either side of a seam that are tokenised together to see whether it is one."""
 EMPTY = np.empty(0, dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """All prompts of one row, in parts."""
+
+    kind: str
+    """multiple_choice, schema or language_modeling."""
+    blocks: tuple[str, ...]
+    """The few-shot examples, which all prompts of the row begin with."""
+    items: tuple[str, ...]
+    """What follows them: one text per choice; with language_modeling the item without its
+    continuation, then the item with it."""
 
 
 @dataclass
@@ -99,7 +109,7 @@ class Encoder:
             self._seams[key] = parts == self.encode(key[0] + key[1]).tolist()
         return self._seams[key]
 
-    def warm(self, prompts: Iterable["Prompts"]) -> None:
+    def warm(self, prompts: Iterable[Prompts]) -> None:
         """Tokenises all pieces of many prompts in one call, and what decides their seams."""
         pieces: dict[str, None] = {}
         for prompt in prompts:
@@ -111,12 +121,12 @@ class Encoder:
         self.encode_many(pieces)
 
     @staticmethod
-    def _joints(prompts: "Prompts") -> Iterable[tuple[str, str]]:
+    def _joints(prompts: Prompts) -> Iterable[tuple[str, str]]:
         yield from zip(prompts.blocks, prompts.blocks[1:], strict=False)
         if prompts.blocks:
             yield from ((prompts.blocks[-1], item) for item in prompts.items)
 
-    def prompt_ids(self, prompts: "Prompts") -> list[np.ndarray]:
+    def prompt_ids(self, prompts: Prompts) -> list[np.ndarray]:
         """Token ids of every prompt, BOS first, as if each were tokenised whole."""
         head = "".join(prompts.blocks)
         items = list(prompts.items)
@@ -133,7 +143,7 @@ class Encoder:
     def _whole(self, text: str) -> np.ndarray:
         return np.concatenate([self.bos, self.encode(text)])
 
-    def rows(self, prompts: "Prompts") -> list[Row]:
+    def rows(self, prompts: Prompts) -> list[Row]:
         """The rows to score: one per choice, or one with language_modeling."""
         ids = self.prompt_ids(prompts)
         if prompts.kind == "language_modeling":

@@ -13,6 +13,7 @@ of the model, as sharded parameters need.
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,13 @@ from lm_eval.api.model import LM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
+from bov_lightning.distributed.ranks import Ranks
 from evaluation.backends import Backend
-from evaluation.encoding import Counts, Encoder, Row, crop
-from evaluation.ranks import EvaluationInterruptedError, Ranks
+from evaluation.encoding import Row, crop
+from evaluation.engine import Engine
+from evaluation.generation import generate
 from evaluation.scorer import PromptInstance, Score
 
-DEFAULT_BUDGETS = {"cpu": 2048, "cuda": 8192}
-"""Tokens per forward pass: what stays in a CPU's cache, what keeps a GPU busy."""
 CACHE_PER_BUDGET = 4
 """Cached tokens per token of the budget, when choices continue their prefixes."""
 MAX_LOGITS = 2**26
@@ -111,13 +112,12 @@ class BatchedLM(LM):
         ranks: Ranks | None = None,
     ):
         super().__init__()
-        self.backend, self.tokenizer = backend, tokenizer
-        self.budget = budget or DEFAULT_BUDGETS["cpu" if backend.device.type == "cpu" else "cuda"]
+        self.engine = Engine(backend, tokenizer, budget, should_stop, progress, ranks)
+        self.backend, self.tokenizer, self.ranks = backend, tokenizer, self.engine.ranks
+        self.budget, self.encoder = self.engine.budget, self.engine.encoder
+        self.counts = self.engine.counts
         self.share_prefix = share_prefix and backend.shares_prefix
-        self.time_limit, self.should_stop, self.progress = time_limit, should_stop, progress
-        self.ranks = ranks or Ranks()
-        self.encoder = Encoder(tokenizer)
-        self.counts = Counts()
+        self.time_limit = time_limit
         self.unscored: set[tuple[str, int]] = set()
         """(task, document) that a time limit left out."""
         self.seconds: dict[str, float] = {}
@@ -307,16 +307,10 @@ class BatchedLM(LM):
         for i, (row, a, b) in enumerate(zip(ids, first, last, strict=True)):
             padded[i, : len(row)] = row
             positions[i, : b - a] = np.arange(a, b)
-        logits = self.backend(self._tensor(padded), lengths, self._tensor(positions), cache)
+        logits = self.backend(
+            self.engine.tensor(padded), lengths, self.engine.tensor(positions), cache
+        )
         picks.settle(logits)
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.backend.device)
-
-    def _idle(self) -> None:
-        """The smallest call of the model, while other ranks still have rows."""
-        bos = self._tensor(self.encoder.bos.astype(np.int64)[None])
-        self.backend(bos, [1], torch.zeros_like(bos))
 
     def _account(self, groups: list[Group], seconds: float) -> None:
         total = sum(g.shared for g in groups)
@@ -388,42 +382,23 @@ class BatchedLM(LM):
             self.counts.unscored[task] = sum(t == task for t, _ in self.unscored)
 
     def _lockstep(self, steps: Iterator[None], n_step: int, n_document: int) -> None:
-        """Takes all steps, each together with every other rank, idling where there are none left.
-
-        Raises:
-            EvaluationInterruptedError: `should_stop` said so on some rank.
-            EvaluationFailedError: another rank failed.
-        """
+        """Takes all steps, each together with every other rank, idling where there are none left."""
         n_round = int(self.ranks.maximum([n_step])[0])
         before = self._finished
         for i in range(n_round):
-            error = None
-            try:
-                if i < n_step:
-                    next(steps)
-                else:
-                    self._idle()
-            except Exception as caught:
-                error = caught
-            stop = error is None and self.should_stop()
-            failed, stopped = self.ranks.maximum([float(error is not None), float(stop)])
-            if failed:
-                self.ranks.agree(error)
-            if stopped:
-                raise EvaluationInterruptedError(
-                    f"stopped after {self._finished} of {self._total} rows"
-                )
+            call = partial(next, steps) if i < n_step else self.engine.idle
+            self.engine.in_lockstep(
+                call, lambda: f"stopped after {self._finished} of {self._total} rows"
+            )
             self._finished = before + round(n_document * (i + 1) / n_round)
-            self.progress(self._finished, self._total)
+            self.engine.progress(self._finished, self._total)
         next(steps, None)  # lets the last batch be accounted for
 
     # Generation.
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Text up to a stop sequence, greedy unless the task asks for sampling."""
-        from evaluation.generation import generate
-
-        return generate(self, requests)
+        return generate(self.engine, requests)
 
 
 class _Picks:

@@ -16,15 +16,18 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from bov_lightning.checkpoint.directory import step_of
 from bov_lightning.errors import UserError
 from bov_lightning.files import write_file
+from bov_lightning.run.directory import EVAL, RunDirectory
 
-EVAL, HELDOUT = "eval", "heldout"
+HELDOUT = "heldout"
+"""In the folder of all evaluations: the tasks made of the run's held-out text."""
 
 
 def step_directory(run: Path, step: int) -> Path:
     """Where the results of a step lie."""
-    return run / EVAL / f"step-{step:08d}"
+    return RunDirectory(run).evaluation(step)
 
 
 def write_results(directory: Path, results: dict[str, Any], model: str, step: int | None) -> Path:
@@ -129,7 +132,7 @@ def write_summary(run: Path) -> None:
     rows: dict[int, dict[str, float]] = {}
     for directory in sorted((run / EVAL).glob("step-*")):
         for results in read_results(directory):
-            step = int(directory.name.removeprefix("step-"))
+            step = step_of(directory)
             rows.setdefault(step, {}).update(metrics(results))
     columns = ["step", *dict.fromkeys(key for row in rows.values() for key in row)]
 

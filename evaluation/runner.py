@@ -19,12 +19,12 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from torch import nn
 
+from bov_lightning.distributed.ranks import Ranks
 from bov_lightning.distributed.sharding import reshard
 from bov_lightning.errors import UserError
 from evaluation.backends import Backend
 from evaluation.data import download
 from evaluation.lm import BatchedLM
-from evaluation.ranks import Ranks
 from evaluation.scorer import CoreTask
 
 TASKS = Path(__file__).parent / "tasks"
@@ -75,7 +75,7 @@ class Runtime:
     """Asked on every rank between batches."""
     progress: Callable[[int, int], None] = lambda done, total: None
     """Takes finished and total rows of this rank."""
-    ranks: Ranks = field(default_factory=Ranks)
+    ranks: Ranks = field(default_factory=Ranks.of_job)
 
 
 @lru_cache(maxsize=4)
@@ -190,7 +190,7 @@ def run(
     Raises:
         UserError: unknown tasks or unusable data.
         EvaluationInterruptedError: ``should_stop`` said so; nothing is left behind.
-        EvaluationFailedError: another rank failed.
+        RankFailedError: another rank failed.
     """
     runtime = runtime or Runtime()
     started = time.time()

@@ -19,7 +19,7 @@ from lm_eval.config.task import TaskConfig
 
 from bov_lightning.errors import UserError
 from evaluation.data import read_rows
-from evaluation.encoding import Encoder
+from evaluation.encoding import Encoder, Prompts
 
 SHUFFLE_SEED = 1337
 FEWSHOT_SEED = 1234
@@ -36,19 +36,6 @@ class Score(NamedTuple):
     n_token: int
     n_byte: int
     """UTF-8 bytes of the text that they decode to."""
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """All prompts of one row, in parts."""
-
-    kind: str
-    """multiple_choice, schema or language_modeling."""
-    blocks: tuple[str, ...]
-    """The few-shot examples, which all prompts of the row begin with."""
-    items: tuple[str, ...]
-    """What follows them: one text per choice; with language_modeling the item without its
-    continuation, then the item with it."""
 
 
 @dataclass

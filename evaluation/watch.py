@@ -5,11 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bov_lightning.checkpoint.directory import complete_checkpoints, read_marker
-from bov_lightning.errors import UserError
-from bov_lightning.recipe.sections import Recipe, build, check_keys, read_yaml
+from bov_lightning.checkpoint.directory import complete_checkpoints, read_marker, step_of
+from bov_lightning.errors import EvaluationInterruptedError
+from bov_lightning.recipe.budget import horizon
+from bov_lightning.recipe.building import build
+from bov_lightning.recipe.keys import check_keys
+from bov_lightning.recipe.overlays import read_yaml
+from bov_lightning.recipe.sections import Recipe
+from bov_lightning.run.directory import RunDirectory, UserError
 from evaluation import claims
-from evaluation.ranks import EvaluationInterruptedError
 from evaluation.report import headline
 from evaluation.results import (
     is_done,
@@ -23,9 +27,7 @@ from evaluation.results import (
 
 def last_step(run: Path) -> int | None:
     """The step that the run ends with; None while its configuration is not there."""
-    from bov_lightning.recipe.budget import horizon
-
-    path = run / "config.yaml"
+    path = RunDirectory(run).config
     if not path.is_file():
         return None
     settings = read_yaml(path)
@@ -63,7 +65,7 @@ class Watcher:
         # Imports Lightning, which takes seconds that evaluating without watching need not pay.
         from bov_lightning.run.loggers import TensorBoardEvents
 
-        self.events = TensorBoardEvents(run)
+        self.events = TensorBoardEvents(RunDirectory(run))
         self.gone: set[int] = set()
 
     def watch(self) -> None:
@@ -130,4 +132,4 @@ def read_step(checkpoint: Path) -> int:
     try:
         return read_marker(checkpoint)["step"]
     except UserError:
-        return int(checkpoint.name.removeprefix("step-"))
+        return step_of(checkpoint)

@@ -14,14 +14,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from bov_lightning.distributed.layout import Layout, read_layout
 from bov_lightning.distributed.sharding import make_mesh, recompute_activations, shard, write_part
 from bov_lightning.model.layers import Initialiser
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.optim.groups import build_groups
 from bov_lightning.optim.muon_adamw import MuonAdamW
-from bov_lightning.planning.memory import Layout, read_layout
 from bov_lightning.recipe.budget import accumulation
-from bov_lightning.recipe.sections import Recipe, build, merge
+from bov_lightning.recipe.building import build
+from bov_lightning.recipe.overlays import merge
+from bov_lightning.recipe.sections import Recipe
 
 N_STEP = 2
 

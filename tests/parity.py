@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bov_lightning.checkpoint.directory import load
+from bov_lightning.inference.loading import load
 from bov_lightning.interop.nanochat import convert_name, import_nanochat
 from bov_lightning.model.transformer import Transformer
 

@@ -10,7 +10,8 @@ import yaml
 from conftest import REPOSITORY
 
 from bov_lightning.model.config import TransformerConfig, ValueConfig
-from bov_lightning.recipe.budget import BudgetConfig, make_plan
+from bov_lightning.planning.cost import make_plan
+from bov_lightning.recipe.sections import BudgetConfig
 
 VALUES = sorted(path.stem for path in (REPOSITORY / "recipes" / "values").glob("*.yaml"))
 SHAPE = {

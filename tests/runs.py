@@ -6,14 +6,8 @@ from pathlib import Path
 import torch
 
 import bov_lightning
-from bov_lightning.checkpoint.directory import (
-    OPTIMIZER,
-    complete_checkpoints,
-    read_training_state,
-    read_weights,
-    read_whole,
-    step_of,
-)
+from bov_lightning.checkpoint.directory import OPTIMIZER, complete_checkpoints, step_of
+from bov_lightning.checkpoint.reading import read_training_state, read_weights, read_whole
 from bov_lightning.cli import main
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from runs import newest
 
-from bov_lightning.checkpoint.directory import complete_checkpoints, read_whole
+from bov_lightning.checkpoint.directory import complete_checkpoints
+from bov_lightning.checkpoint.reading import read_whole
 
 
 @dataclass

@@ -21,7 +21,10 @@ from packaging.utils import canonicalize_name
 
 import bov_lightning
 from bov_lightning.cli import COMMANDS, main
-from bov_lightning.recipe.sections import Recipe, build, check_keys, import_source
+from bov_lightning.recipe.building import build
+from bov_lightning.recipe.keys import check_keys
+from bov_lightning.recipe.overlays import import_source
+from bov_lightning.recipe.sections import Recipe
 
 PAGES = {
     path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8")
@@ -216,20 +219,20 @@ def test_keys_are_those_of_the_code():
 
 def test_yaml_snippets_are_valid():
     """Whole recipes and parts of them; a part of the data section names what exists."""
-    from bov_lightning.training.fit import _check_class
+    from bov_lightning.recipe.building import check_class
 
     n_recipe = 0
     for name, text in PAGES.items():
         for snippet in blocks(text, "yaml"):
             data = yaml.safe_load(snippet)
             if set(data) == {"source"}:
-                _check_class(data["source"], "data", name)
+                check_class(data["source"], "data", name)
                 continue
             check_keys(data, name)
             import_source(data, name)
             build(Recipe, data, name)
             if data.get("data"):
-                _check_class(data["data"], "data", name)
+                check_class(data["data"], "data", name)
             n_recipe += 1
     assert n_recipe >= 5
 

@@ -13,9 +13,11 @@ from variants import OVERLAYS, PATHS, make_model, mostly_slow, perturb, token_id
 import bov_lightning
 from bov_lightning.checkpoint.directory import complete_checkpoints
 from bov_lightning.model.config import TransformerConfig, ValueConfig
-from bov_lightning.optim.groups import OptimizerConfig, build_groups
+from bov_lightning.optim.config import OptimizerConfig
+from bov_lightning.optim.groups import build_groups
 from bov_lightning.optim.muon_adamw import MuonAdamW
-from bov_lightning.recipe.budget import BudgetConfig, make_plan
+from bov_lightning.planning.cost import make_plan
+from bov_lightning.recipe.sections import BudgetConfig
 
 FAST = {"bov", "value_embedding_gated", "context_plus_first_layer"}
 

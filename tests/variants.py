@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 
 from bov_lightning.model.config import TransformerConfig, ValueConfig
 from bov_lightning.model.transformer import Transformer
-from bov_lightning.recipe.sections import import_source
+from bov_lightning.recipe.overlays import import_source
 
 PAPER = sorted((REPOSITORY / "recipes" / "values").glob("*.yaml"))
 EXAMPLES = sorted((REPOSITORY / "examples").glob("*.yaml"))

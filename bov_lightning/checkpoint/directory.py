@@ -12,21 +12,15 @@ checkpoints/step-00000100/
 
 import json
 import re
-import shutil
-import warnings
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from bov_lightning import __version__
 from bov_lightning.errors import UserError
-from bov_lightning.files import write_directory
+from bov_lightning.version import __version__
 
 if TYPE_CHECKING:
-    import torch
-
-    from bov_lightning.model.config import TransformerConfig
-    from bov_lightning.model.transformer import Transformer
+    pass
 
 MARKER = "checkpoint.json"
 WEIGHTS = "weights"
@@ -135,15 +129,6 @@ def find_checkpoint(path: str | Path) -> Path:
     raise UserError(f"{path} is no checkpoint, nor a run directory that holds a complete one")
 
 
-def is_export(directory: Path) -> bool:
-    """Whether a directory is a `transformers` export of ours: see `interop.hf_export`."""
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") == "bov"
-
-
 def read_marker(checkpoint: Path) -> dict:
     """Step and version of a checkpoint."""
     try:
@@ -153,186 +138,6 @@ def read_marker(checkpoint: Path) -> dict:
         raise UserError(f"{checkpoint / MARKER} cannot be read: {error}") from error
 
 
-def read_config(checkpoint: Path) -> "TransformerConfig":
-    """The network's shape."""
-    from bov_lightning.model.config import TransformerConfig
-    from bov_lightning.recipe.sections import build, check_keys, read_yaml
-
-    path = checkpoint / CONFIG
-    section = read_yaml(path).get("model")
-    config = section.get("config") if isinstance(section, dict) else None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} holds no model.config")
-    check_keys(config, str(path), TransformerConfig, "model.config")
-    return build(TransformerConfig, config, str(path), "model.config")
-
-
-def stored_tensors(directory: Path) -> dict[str, "torch.Tensor"]:
-    """Shapes and dtypes of the tensors in a directory of safetensors, on the meta device."""
-    import torch
-    from torch.distributed.checkpoint import HuggingFaceStorageReader
-
-    # Whatever a stranger's file provokes is reported as a file that cannot be read.
-    try:
-        stored = HuggingFaceStorageReader(str(directory)).read_metadata().state_dict_metadata
-        return {
-            name: torch.empty(facts.size, dtype=facts.properties.dtype, device="meta")
-            for name, facts in stored.items()
-        }
-    except Exception as error:
-        raise UserError(f"{directory} cannot be read: {error}") from error
-
-
-def read_tensors(directory: Path, into: dict[str, "torch.Tensor"], **options) -> None:
-    """Fills tensors, sharded ones too, from a directory of safetensors that has all of them.
-
-    ``options`` go to ``torch.distributed.checkpoint.load``. What cannot be read is a `UserError`.
-    """
-    import torch.distributed.checkpoint as dcp
-
-    reader = dcp.HuggingFaceStorageReader(str(directory))
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(into, storage_reader=reader, **options)
-    except (Exception, dcp.CheckpointException) as error:
-        failures = getattr(error, "failures", {})
-        cause = next(iter(failures.values()))[0] if failures else error
-        raise UserError(f"{directory} cannot be read: {cause}") from error
-
-
-def read_whole(directory: Path) -> dict[str, "torch.Tensor"]:
-    """All tensors of a directory of safetensors, put together, on the CPU."""
-    import torch
-
-    stored = stored_tensors(directory)
-    try:
-        tensors = {name: torch.empty_like(t, device="cpu") for name, t in stored.items()}
-    except RuntimeError as error:
-        raise UserError(f"{directory} cannot be read: {error}") from error
-    read_tensors(directory, tensors, no_dist=True)
-    return tensors
-
-
-def read_weights(checkpoint: Path) -> dict[str, "torch.Tensor"]:
-    """The whole weights by their name in `Transformer`."""
-    return read_whole(checkpoint / WEIGHTS)
-
-
-def read_training_state(checkpoint: Path) -> dict[str, Any]:
-    """Everything but the weights that resuming needs."""
-    import torch
-
-    path = checkpoint / TRAINING
-    if not path.is_file():
-        raise UserError(f"{checkpoint} holds weights only, which a run cannot be resumed from")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # Whatever a damaged or a stranger's file provokes.
-        raise UserError(f"{path} cannot be read: {str(error).partition(chr(10))[0]}") from error
-
-
-def load_weights(model: "Transformer", weights: dict[str, "torch.Tensor"], origin: Path) -> None:
-    """Copies the weights into the model; another architecture is a `UserError`."""
-    own = model.state_dict()
-    for name in sorted(set(own) | set(weights)):
-        if name not in weights or name not in own:
-            where = "missing from" if name in own else "unknown to the configuration, but in"
-            raise UserError(
-                f"{origin} is of another architecture: {name} is {where} the checkpoint"
-            )
-        if own[name].shape != weights[name].shape:
-            raise UserError(
-                f"{origin} is of another architecture: {name} is {tuple(weights[name].shape)} "
-                f"there, {tuple(own[name].shape)} in the configuration"
-            )
-    model.load_state_dict(weights, assign=own and next(iter(own.values())).is_meta)
-
-
-def write_checkpoint(
-    target: Path,
-    step: int,
-    weights: dict[str, "torch.Tensor"],
-    config_yaml: str,
-    tokenizer: Path | None = None,
-) -> None:
-    """Writes a checkpoint directory of whole weights alone, complete or absent.
-
-    Args:
-        target: the directory.
-        step: optimizer steps behind it.
-        weights: by their name in `Transformer`.
-        config_yaml: the resolved recipe.
-        tokenizer: a directory to copy.
-    """
-    from safetensors.torch import save_file
-
-    def write(aside: Path) -> None:
-        (aside / CONFIG).write_text(config_yaml, encoding="utf-8")
-        if tokenizer is not None:
-            shutil.copytree(tokenizer, aside / TOKENIZER)
-        (aside / WEIGHTS).mkdir()
-        whole = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
-        save_file(whole, aside / WEIGHTS / "model.safetensors")
-        write_marker(aside, step, file_facts(aside, list_files(aside)))
-
-    write_directory(target, write)
-
-
 def list_files(directory: Path) -> list[str]:
     """All files below a directory, by relative path."""
     return [str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()]
-
-
-def load(
-    path: str | Path,
-    *,
-    device: "str | torch.device" = "cpu",
-    dtype: "torch.dtype | None" = None,
-    bank_device: str | None = None,
-) -> tuple["Transformer", Any]:
-    """The model, in eval mode, and its tokenizer.
-
-    Args:
-        path: a run directory (its newest complete checkpoint), a checkpoint, an import or an
-            export.
-        device: where the weights go.
-        dtype: their dtype; fp32 if not given.
-        bank_device: where value tables go instead: ``cpu`` (pinned memory beside a GPU) or ``mmap``
-            (they stay in the file); only the rows of ids that are seen then come to the device.
-
-    Returns:
-        The `Transformer`, and a ``transformers`` fast tokenizer, or None where the checkpoint has
-        none.
-
-    Raises:
-        UserError: nothing there, not readable, or weights that do not fit the configuration.
-    """
-    import torch
-
-    from bov_lightning.checkpoint.placement import place
-    from bov_lightning.model.transformer import Transformer
-
-    if is_export(Path(path)):
-        from bov_lightning.interop.hf_export import load_export
-
-        return load_export(Path(path), device, dtype or torch.float32, bank_device)
-    checkpoint = find_checkpoint(path)
-    with torch.device("meta"):
-        model = Transformer(read_config(checkpoint))
-    load_weights(model, read_weights(checkpoint), checkpoint)
-    files = list((checkpoint / WEIGHTS).glob("*.safetensors"))
-    # Tables written by several ranks lie in pieces, which cannot be mapped.
-    whole = files if len(files) == 1 else []
-    place(model, device, dtype or torch.float32, bank_device, whole)
-    return model.eval(), load_tokenizer(checkpoint)
-
-
-def load_tokenizer(checkpoint: Path) -> Any:
-    """The checkpoint's tokenizer as a ``transformers`` fast tokenizer; None where it has none."""
-    if not (checkpoint / TOKENIZER).is_dir():
-        return None
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast.from_pretrained(checkpoint / TOKENIZER)

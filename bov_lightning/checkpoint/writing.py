@@ -7,101 +7,62 @@ of ranks can read them, and reading runs no code. Rank 0 then lists all files wi
 checksums in the marker and renames the directory into place.
 """
 
-import random
 import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+import yaml
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from bov_lightning.checkpoint import directory as checkpoints
+from bov_lightning.checkpoint.directory import (
+    CONFIG,
+    TOKENIZER,
+    WEIGHTS,
+    file_facts,
+    list_files,
+    write_marker,
+)
+from bov_lightning.checkpoint.resuming import State
+from bov_lightning.distributed.ranks import Ranks
 from bov_lightning.errors import UserError
-from bov_lightning.files import aside_of, file_error, put_in_place, remove
-
-State = dict[str, Tensor]
-
-
-def weights_of(model: nn.Module) -> State:
-    """The parameters by their name in `Transformer`; DTensors where they are sharded."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+from bov_lightning.files import aside_of, file_error, put_in_place, remove, write_directory
+from bov_lightning.model.config import TransformerConfig
 
 
-def optimizer_state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
-    """The optimizer's state by parameter name and kind: ``blocks.0.mlp.input.weight.momentum``."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}.{kind}": value
-        for parameter, values in optimizer.state.items()
-        for kind, value in values.items()
-    }
+def write_checkpoint(
+    target: Path,
+    step: int,
+    weights: dict[str, "torch.Tensor"],
+    config_yaml: str,
+    tokenizer: Path | None = None,
+) -> None:
+    """Writes a checkpoint directory of whole weights alone, complete or absent.
 
+    Args:
+        target: the directory.
+        step: optimizer steps behind it.
+        weights: by their name in `Transformer`.
+        config_yaml: the resolved recipe.
+        tokenizer: a directory to copy.
+    """
+    from safetensors.torch import save_file
 
-def random_state(rank: int, device: torch.device) -> State:
-    """The states of this process's random generators."""
-    _, words, _ = random.getstate()
-    _, keys, position, *_ = np.random.get_state()
-    state = {
-        "python": torch.tensor(words, dtype=torch.int64),
-        "numpy": torch.tensor([*keys.tolist(), position], dtype=torch.int64),
-        "torch": torch.get_rng_state(),
-    }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return {f"random.{rank}.{kind}": value for kind, value in state.items()}
+    def write(aside: Path) -> None:
+        (aside / CONFIG).write_text(config_yaml, encoding="utf-8")
+        if tokenizer is not None:
+            shutil.copytree(tokenizer, aside / TOKENIZER)
+        (aside / WEIGHTS).mkdir()
+        whole = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
+        save_file(whole, aside / WEIGHTS / "model.safetensors")
+        write_marker(aside, step, file_facts(aside, list_files(aside)))
 
-
-def set_random_state(state: State, rank: int, device: torch.device) -> None:
-    """Continues where `random_state` was taken."""
-    own = {kind: state[f"random.{rank}.{kind}"] for kind in ("python", "numpy", "torch")}
-    random.setstate((3, tuple(own["python"].tolist()), None))
-    keys, position = own["numpy"][:-1].tolist(), int(own["numpy"][-1])
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position))
-    torch.set_rng_state(own["torch"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[f"random.{rank}.cuda"], device)
-
-
-class Ranks:
-    """The processes that write or read a checkpoint together."""
-
-    def __init__(self, group: dist.ProcessGroup | None):
-        """``group``: of CPU processes; None: there is one."""
-        self.group = group
-        self.rank = 0 if group is None else dist.get_rank(group)
-        self.world = 1 if group is None else dist.get_world_size(group)
-
-    def together(self, work: Callable[[], Any]) -> list[Any]:
-        """The results of all ranks; what one of them cannot do is a `UserError` on all."""
-        result, message = None, ""
-        try:
-            result = work()
-        except UserError as error:
-            message = str(error)
-        outcomes = [(result, message)]
-        if self.group is not None:
-            outcomes = [None] * self.world
-            dist.all_gather_object(outcomes, (result, message), group=self.group)
-        for rank, (_, failed) in enumerate(outcomes):
-            if failed:
-                raise UserError(failed if self.world == 1 else f"rank {rank}: {failed}")
-        return [result for result, _ in outcomes]
-
-    def on_first(self, work: Callable[[], Any]) -> Any:
-        """Rank 0's result."""
-        return self.together(work if self.rank == 0 else lambda: None)[0]
-
-    @property
-    def dcp_options(self) -> dict[str, Any]:
-        """How torch.distributed.checkpoint is told about the group."""
-        return {"process_group": self.group, "no_dist": self.group is None}
+    write_directory(target, write)
 
 
 class CheckpointWriter:
@@ -177,7 +138,8 @@ class CheckpointWriter:
         ranks, parts = self.ranks, {checkpoints.WEIGHTS: weights, checkpoints.OPTIMIZER: optimizer}
         try:
             ranks.on_first(lambda: _reported(target, lambda: self._begin(target, parts, rest)))
-            facts = ranks.together(lambda: _reported(target, lambda: self._save(target, parts)))
+            saved = ranks.together(lambda: _reported(target, lambda: self._save(target, parts)))
+            facts = ranks.gather(saved)
             ranks.on_first(lambda: _reported(target, lambda: _finish(target, step, facts)))
         except BaseException:
             if ranks.rank == 0:
@@ -236,67 +198,8 @@ def _finish(target: Path, step: int, facts: list[dict[str, dict[str, int]]]) -> 
     put_in_place(target)
 
 
-def restore(
-    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks,
-    device: torch.device,
-) -> tuple[Path | None, dict[str, Any], list[str]]:  # fmt: skip
-    """Fills model and optimizer from the newest checkpoint that is complete and readable.
+def config_yaml(config: TransformerConfig) -> str:
+    """The recipe of a checkpoint of which only the network's shape is known."""
+    from dataclasses import asdict
 
-    All ranks call this together. Rank 0 says which checkpoints there are, since file systems of
-    clusters do not show all ranks the same at once.
-
-    Returns:
-        The checkpoint (None: there is none, and nothing was changed), what else was stored in it,
-        and messages about what was taken and what was not.
-
-    Raises:
-        UserError: there were complete checkpoints, but none can be used any more.
-    """
-    found = ranks.on_first(
-        lambda: [(path, checkpoints.problem(path)) for path in checkpoints.step_directories(run)]
-    )
-    messages, was_complete = [], False
-    for path, reason in reversed(found):
-        was_complete = was_complete or (path / checkpoints.MARKER).exists()
-        if reason is None:
-            try:
-                rest = _restore_from(path, model, optimizer, ranks, device)
-            except UserError as error:
-                reason = str(error)
-            else:
-                messages.append(f"resuming {run} from step {rest['global_step']} ({path})")
-                return path, rest, messages
-        messages.append(f"skipped {path}: {reason}")
-    if was_complete:
-        raise UserError(
-            f"no checkpoint of {run} can be used ({'; '.join(messages)}): put one back, or start "
-            "afresh with --resume never"
-        )
-    return None, {}, messages
-
-
-def _restore_from(
-    checkpoint: Path, model: nn.Module, optimizer: Any, ranks: Ranks, device: torch.device
-) -> dict[str, Any]:
-    """Every rank checks and reads its part; what one of them cannot read is an error on all."""
-
-    def check() -> None:
-        if damage := checkpoints.damaged_file(checkpoint, ranks.rank, ranks.world):
-            raise UserError(damage)
-
-    def read() -> dict[str, Any]:
-        options, folder = ranks.dcp_options, checkpoint / checkpoints.OPTIMIZER
-        checkpoints.read_tensors(checkpoint / checkpoints.WEIGHTS, weights_of(model), **options)
-        optimizer.create_state()
-        state = optimizer_state_of(model, optimizer)
-        random = random_state(ranks.rank, device)
-        # Another number of ranks, or another device, has no use for the stored states.
-        stored = set(checkpoints.stored_tensors(folder))
-        same_ranks = set(random) <= stored and f"random.{ranks.world}.torch" not in stored
-        checkpoints.read_tensors(folder, state | random if same_ranks else state, **options)
-        if same_ranks:
-            set_random_state(random, ranks.rank, device)
-        return checkpoints.read_training_state(checkpoint)
-
-    ranks.together(check)
-    return ranks.together(read)[ranks.rank]
+    return yaml.safe_dump({"model": {"config": asdict(config)}}, sort_keys=False)

@@ -1,5 +1,86 @@
-"""The `bov` command."""
+"""The `bov` command. Imports what a command needs only when that command runs."""
 
-from bov_lightning.cli.commands import COMMANDS, USAGE, entry_point, main
+import errno
+import os
+import sys
 
-__all__ = ["COMMANDS", "USAGE", "entry_point", "main"]
+from bov_lightning.cli.commands import COMMANDS
+from bov_lightning.errors import UserError
+
+USAGE = """\
+usage: bov COMMAND ...
+
+  fit        train a recipe, or continue its run       bov fit --config recipes/quickstart.yaml
+  prepare    tokenize and pack a recipe's text         bov prepare --config R.yaml
+  validate   measure bits per byte                     bov validate RUN-or-CHECKPOINT
+  plan       parameters, FLOPs, memory, before paying  bov plan --config R.yaml [--inference]
+  submit     train on a SLURM cluster                  bov submit --config R.yaml --nodes N ...
+  sweep      compare value sources at equal FLOPs      bov sweep --config R.yaml --values ...
+  evaluate   benchmarks: CORE, or any of lm-eval's    bov evaluate RUN-or-CHECKPOINT --data-dir D
+  report     curves and tables of runs, as a page      bov report RUN ... --output report.html
+  generate   sample text                               bov generate RUN-or-CHECKPOINT --prompt P
+  export     write a Hugging Face directory            bov export RUN-or-CHECKPOINT --output D
+  import     read the paper's authors' checkpoints     bov import nanochat DIR --output D
+  recipes    list the recipes that come with bov
+
+Recipes are YAML files; several --config overlay each other, and --key.of.recipe VALUE overrides
+both. bov COMMAND --help says more.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; returns the exit code.
+
+    0; 2 for the user's mistakes; 75 and 143 for a run that a signal stopped; 130 for Ctrl-C.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    if arguments[0] == "--version":
+        from bov_lightning.version import __version__
+
+        print(f"bov-lightning {__version__}")
+        return 0
+    from bov_lightning.distributed.preemption import Preempted
+
+    try:
+        if arguments[0] not in COMMANDS:
+            import difflib
+
+            close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"use {', '.join(COMMANDS)}"
+            raise UserError(f"unknown command {arguments[0]!r}: {hint}")
+        COMMANDS[arguments[0]](arguments[1:])
+    except UserError as error:
+        return _fail(str(error))
+    except Preempted as preempted:
+        return preempted.code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        return _fail(f"{error.filename or 'the file system'}: {error.strerror}")
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"bov: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def entry_point() -> None:
+    """The console script."""
+    if sys.argv[1:2] != ["fit"]:
+        sys.exit(main())
+    from bov_lightning.distributed import preemption
+
+    preemption.install()
+    try:
+        code = main()
+    finally:
+        preemption.ignore()
+    sys.exit(code)

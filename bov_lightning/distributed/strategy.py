@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from bov_lightning.distributed import preemption
+from bov_lightning.distributed.ranks import Ranks
 from bov_lightning.distributed.sharding import (
     PARAM_DTYPES,
     check_precision,
@@ -34,7 +35,8 @@ class ControlGroup:
 
     restore_checkpoint_after_setup = True
     lightning_restore_optimizer = False
-    control_group: dist.ProcessGroup | None = None
+    ranks = Ranks()
+    """For the messages of the training loop."""
 
     def setup_environment(self) -> None:
         """Starts the process groups."""
@@ -43,12 +45,11 @@ class ControlGroup:
             backend = "nccl" if self.root_device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         super().setup_environment()
-        if self.world_size > 1:
-            self.control_group = self.new_group()
+        self.ranks = self.new_ranks()
 
-    def new_group(self) -> dist.ProcessGroup | None:
-        """A group of CPU processes for one thread's messages; None for a single process."""
-        return dist.new_group(backend="gloo") if self.world_size > 1 else None
+    def new_ranks(self) -> Ranks:
+        """All ranks, with a group of their own for one thread's messages."""
+        return Ranks(dist.new_group(backend="gloo") if self.world_size > 1 else None)
 
     def agree(self, loss: float) -> tuple[float, int]:
         """The mean loss of all ranks, and the exit code that a signal on any of them asks for.
@@ -56,13 +57,8 @@ class ControlGroup:
         Where ranks were told different things, SIGTERM counts: nobody requeues a cancelled job.
         """
         code = preemption.received()
-        if self.control_group is None:
-            return loss, code
-        told = torch.tensor(
-            [loss, code == preemption.REQUEUE, code == preemption.STOPPED], dtype=torch.float64
-        )
-        dist.all_reduce(told, group=self.control_group)
-        total, requeue, stopped = told.tolist()
+        told = [loss, float(code == preemption.REQUEUE), float(code == preemption.STOPPED)]
+        total, requeue, stopped = self.ranks.total(told)
         code = preemption.STOPPED if stopped else preemption.REQUEUE if requeue else 0
         return total / self.world_size, code
 

@@ -8,172 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from bov_lightning.checkpoint.directory import load
 from bov_lightning.errors import UserError
-from bov_lightning.model.cache import prefill
+from bov_lightning.inference.decoding import Decoding, TextStream
+from bov_lightning.inference.loading import check_device, load
+from bov_lightning.inference.sampling import Sampling
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.model.values import BankOfValues
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen, and when a text ends."""
-
-    max_new_tokens: int = 100
-    """Tokens to add at most."""
-    temperature: float = 0.8
-    """Divides the logits; 0: always the likeliest token."""
-    top_k: int | None = None
-    """Choose among the k likeliest only; None: all."""
-    top_p: float | None = None
-    """Choose among the likeliest that together have this probability; None: all."""
-    seed: int = 0
-    """Seed of the first text; the next one's is one more."""
-    stop: tuple[str, ...] = ()
-    """A text ends before the first of these."""
-
-    def __post_init__(self):
-        no_choice = self.top_k is not None and self.top_k < 1
-        if self.max_new_tokens < 1 or self.temperature < 0 or no_choice:
-            raise UserError("--max-new-tokens and --top-k are at least 1, --temperature at least 0")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p is {self.top_p}: above 0, at most 1")
-        if "" in self.stop:
-            raise UserError("--stop is empty: give the text to stop at")
-
-
-def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """The next token of one row, from its fp32 logits on the CPU."""
-    if sampling.temperature == 0:
-        return int(logits_V.argmax())
-    if sampling.top_k is not None:
-        kept = logits_V.topk(min(sampling.top_k, len(logits_V)))
-        logits_V = torch.full_like(logits_V, -torch.inf).scatter(0, kept.indices, kept.values)
-    probability = torch.softmax(logits_V / sampling.temperature, dim=-1)
-    if sampling.top_p is not None:
-        ordered, index = probability.sort(descending=True)
-        beyond = ordered.cumsum(0) - ordered >= sampling.top_p
-        probability = torch.zeros_like(probability).scatter(
-            0, index, ordered.masked_fill(beyond, 0)
-        )
-    return int(torch.multinomial(probability, 1, generator=generator))
-
-
-class Decoding:
-    """A batch of texts that are continued together; rows end one by one.
-
-    Args:
-        model: in eval mode.
-        prompts: token ids of each row, at least one.
-        sampling: how tokens are chosen.
-        max_context: tokens of prompt and continuation that a row may hold.
-
-    Raises:
-        UserError: a prompt that is empty or longer than ``max_context``.
-    """
-
-    def __init__(
-        self, model: Transformer, prompts: list[list[int]], sampling: Sampling,
-        max_context: int | None = None,
-    ):  # fmt: skip
-        self.model, self.prompts, self.sampling = model, prompts, sampling
-        self.max_context = max_context or model.config.max_context
-        longest = max(map(len, prompts), default=0)
-        if not prompts or not all(prompts):
-            raise UserError("a prompt is empty: it needs at least one token")
-        if longest > self.max_context:
-            raise UserError(
-                f"the prompt has {longest} tokens, but max_context is {self.max_context}: shorten "
-                "it or raise --max-context"
-            )
-        room = min(self.max_context, longest + sampling.max_new_tokens)
-        self.cache = model.new_cache(len(prompts), room)
-        self.new: list[list[int]] = [[] for _ in prompts]
-        self.running = [True] * len(prompts)
-        self._generators = [
-            torch.Generator().manual_seed(sampling.seed + row) for row in range(len(prompts))
-        ]
-
-    def end(self, row: int) -> None:
-        """Ends a text."""
-        self.running[row] = False
-
-    @torch.inference_mode()
-    def step(self) -> list[int | None]:
-        """One more token of every running row; None for the others."""
-        logits_BV = self._decode() if any(self.new) else self._prefill()
-        if self.sampling.temperature == 0:
-            likeliest = logits_BV.argmax(-1).tolist()
-        else:
-            logits_BV = logits_BV.cpu()
-        tokens: list[int | None] = [None] * len(self.prompts)
-        for row in range(len(tokens)):
-            if not self.running[row]:
-                continue
-            if self.sampling.temperature == 0:
-                token = likeliest[row]
-            else:
-                token = choose(logits_BV[row], self.sampling, self._generators[row])
-            tokens[row] = token
-            self.new[row].append(token)
-            n_token = len(self.prompts[row]) + len(self.new[row])
-            full = n_token > self.max_context or len(self.new[row]) == self.sampling.max_new_tokens
-            self.running[row] = not full
-        return tokens
-
-    def _prefill(self) -> Tensor:
-        lengths = torch.tensor([len(prompt) for prompt in self.prompts])
-        ids = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.int64)
-        for row, prompt in enumerate(self.prompts):
-            ids[row, : len(prompt)] = torch.tensor(prompt)
-        return prefill(self.model, self.cache, ids.to(self.cache.device), lengths)
-
-    def _decode(self) -> Tensor:
-        ids = torch.tensor([[new[-1]] for new in self.new], device=self.cache.device)
-        lengths = None if all(self.running) else torch.tensor(self.running, dtype=torch.int64)
-        return self.model(ids, cache=self.cache, lengths=lengths)[:, -1]
-
-
-class TextStream:
-    """The text of a continuation, token by token, up to the first stop string."""
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast", stop: tuple[str, ...] = ()):
-        from tokenizers.decoders import DecodeStream
-
-        # A character may need several tokens: the stream waits until its bytes are complete.
-        self._stream, self._tokenizer = DecodeStream(), tokenizer.backend_tokenizer
-        self._stop, self._held = stop, ""
-        self.stopped = False
-
-    def push(self, token: int) -> str:
-        """What can be shown after one more token; what may become a stop string is held back."""
-        self._held += self._stream.step(self._tokenizer, token) or ""
-        found = [at for at in map(self._held.find, self._stop) if at >= 0]
-        if found:
-            self._held, self.stopped = self._held[: min(found)], True
-            return self.flush()
-        held = max(
-            (
-                n
-                for stop in self._stop
-                for n in range(1, len(stop))
-                if self._held.endswith(stop[:n])
-            ),
-            default=0,
-        )
-        cut = len(self._held) - held
-        shown, self._held = self._held[:cut], self._held[cut:]
-        return shown
-
-    def flush(self) -> str:
-        """What was held back; the text ends here."""
-        shown, self._held = self._held, ""
-        return shown
 
 
 @dataclass
@@ -232,11 +76,6 @@ def table_bytes(model: Transformer) -> int:
     return sum((bank.table if bank.host is None else bank.host).nbytes for bank in banks)
 
 
-def _check_device(device: str) -> None:
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: this machine has no usable GPU; use --device cpu")
-
-
 def generate(
     checkpoint: str, prompts: list[str], sampling: Sampling, *, batch_size: int = 8,
     max_context: int | None = None, device: str = "cpu", dtype: str = "float32",
@@ -249,7 +88,7 @@ def generate(
     """
     if batch_size < 1 or (max_context is not None and max_context < 1):
         raise UserError("--batch-size and --max-context are at least 1")
-    _check_device(device)
+    check_device(device)
     model, tokenizer = load(
         checkpoint, device=device, dtype=getattr(torch, dtype), bank_device=bank_device
     )

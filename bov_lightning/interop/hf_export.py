@@ -1,159 +1,29 @@
-"""Checkpoints as `transformers` directories and back; importing this registers the classes.
+"""Checkpoints as `transformers` directories, with code and a card of their own."""
 
-With it imported, `AutoModelForCausalLM.from_pretrained` reads exports without remote code.
-"""
-
-import ast
-import importlib.util
-import inspect
 import json
 import shutil
-import sys
-import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
-from bov_lightning import __version__, errors
-from bov_lightning.checkpoint.directory import (
-    TOKENIZER,
-    find_checkpoint,
-    is_export,
-    load,
-    load_weights,
-    read_marker,
-    write_checkpoint,
-)
-from bov_lightning.checkpoint.placement import place
+from bov_lightning.checkpoint.directory import TOKENIZER, find_checkpoint, read_marker
+from bov_lightning.checkpoint.reading import load_checkpoint
 from bov_lightning.errors import UserError
-from bov_lightning.files import write_directory
-from bov_lightning.interop import hf_model
-from bov_lightning.interop.hf_model import BoVConfig, BoVForCausalLM
-from bov_lightning.interop.nanochat import config_yaml
-from bov_lightning.model import (
-    attention,
-    cache,
-    config,
-    decode,
-    kernels,
-    layers,
-    loss,
-    matmul,
-    offload,
-    transformer,
-    values,
-)
+from bov_lightning.files import refuse_filled, write_directory
+from bov_lightning.interop.hf_import import WEIGHTS
+from bov_lightning.interop.hf_model import BoVConfig
+from bov_lightning.interop.hf_source import MODULE, import_module, modelling_source
 from bov_lightning.model.config import TransformerConfig
+from bov_lightning.model.lookup import source_class
 from bov_lightning.model.transformer import Transformer
-from bov_lightning.model.values import BankOfValues, ValueSource, class_path, source_class
-
-MODULE = "modeling_bov"
-WEIGHTS = "model.safetensors"
-PARTS = (
-    errors, matmul, layers, config, attention, kernels, decode, values, loss, offload, cache,
-    transformer, hf_model,
-)  # fmt: skip
-"""The files of the network, each after those that it imports."""
-
-SELF_CONTAINED = {"torch", "transformers", *sys.stdlib_module_names}
-"""What the modelling file of an export may import."""
+from bov_lightning.run.directory import RunDirectory
+from bov_lightning.version import __version__
 
 LOGIT_TOLERANCE = 1e-5
 """How far an export's fp32 logits may be from its source's."""
-
-AutoConfig.register(BoVConfig.model_type, BoVConfig, exist_ok=True)
-AutoModelForCausalLM.register(BoVConfig, BoVForCausalLM, exist_ok=True)
-
-
-def _is_own(node: ast.AST) -> bool:
-    names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-    names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-    return any(name.partition(".")[0] == "bov_lightning" for name in names)
-
-
-def _dropped(tree: ast.Module) -> Iterator[ast.AST]:
-    """What a part of the assembled file leaves out: docstring, imports, own imports anywhere."""
-    if ast.get_docstring(tree) is not None:
-        yield tree.body[0]
-    yield from (node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom))
-    for node in ast.walk(tree):
-        type_only = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        if type_only or (isinstance(node, ast.Import | ast.ImportFrom) and _is_own(node)):
-            yield node
-
-
-def _parts(source: type[ValueSource]) -> Iterator[tuple[str, str]]:
-    """(name, source code) of each file; a value source of somebody's own is one of them."""
-    for part in PARTS:
-        yield part.__name__, inspect.getsource(part)
-        if part is values and source.__module__ != values.__name__:
-            yield source.__module__, _own_source(source)
-
-
-def _own_source(source: type[ValueSource]) -> str:
-    """The file of a value source from outside of the package, checked to fit into an export."""
-    try:
-        code = inspect.getsource(sys.modules[source.__module__])
-    except (OSError, TypeError):
-        raise UserError(
-            f"{class_path(source)} cannot be exported: it is in no file; make it a module"
-        ) from None
-    for node in ast.walk(ast.parse(code)):
-        if not isinstance(node, ast.Import | ast.ImportFrom):
-            continue
-        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        outside = {name.partition(".")[0] for name in names} - SELF_CONTAINED - {"bov_lightning"}
-        renamed = _is_own(node) and (
-            isinstance(node, ast.Import) or any(alias.asname for alias in node.names)
-        )
-        if outside or renamed or getattr(node, "level", 0):
-            raise UserError(
-                f"{class_path(source)} cannot be exported: an export holds all of its code in one "
-                f"file, so its module cannot have the line `{ast.unparse(node)}`; torch, the "
-                "standard library and `from bov_lightning... import NAME` are possible"
-            )
-    # Known by its path there too, in whatever file it then is.
-    return f"{code}\n\n{source.__qualname__}.__module__ = {source.__module__!r}\n"
-
-
-def modelling_source(source: type[ValueSource] = BankOfValues) -> str:
-    """The network and its `transformers` classes as one module that imports only torch and
-    transformers, made of this package's own files, and of that of ``source`` if it is another."""
-    imports: set[str] = set()
-    bodies = []
-    for name, code in _parts(source):
-        tree, lines = ast.parse(code), code.splitlines()
-        for node in tree.body:
-            if isinstance(node, ast.Import | ast.ImportFrom) and not _is_own(node):
-                imports.add(ast.unparse(node))
-        for node in _dropped(tree):
-            for line in range(node.lineno - 1, node.end_lineno):
-                lines[line] = None
-        body = "\n".join(line for line in lines if line is not None).strip()
-        title = (ast.get_docstring(tree) or "").partition("\n")[0]
-        bodies.append(f"# {name}: {title}\n\n{body}")
-    head = (
-        f'"""Transformer with Bank of Values (arXiv 2606.02780), made by bov-lightning '
-        f'{__version__}. Apache-2.0."""'
-    )
-    return "\n\n\n".join([head, "\n".join(sorted(imports)), *bodies]) + "\n"
-
-
-def import_module(directory: Path) -> ModuleType:
-    """The modelling file of an export that this process has just written."""
-    name = f"_bov_export_{abs(hash(directory))}"
-    spec = importlib.util.spec_from_file_location(name, directory / f"{MODULE}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def hf_config(shape: TransformerConfig, **more: Any) -> BoVConfig:
@@ -184,7 +54,7 @@ def export(path: str | Path, output: Path, dtype: torch.dtype = torch.float32) -
 
     refuse_filled(output)
     checkpoint = find_checkpoint(path)
-    model, tokenizer = load(checkpoint, dtype=dtype)
+    model, tokenizer = load_checkpoint(checkpoint, dtype=dtype)
     special = {}
     if tokenizer is not None and tokenizer.bos_token_id is not None:
         special = {f"{kind}_token_id": tokenizer.bos_token_id for kind in ("bos", "eos", "pad")}
@@ -210,12 +80,6 @@ def export(path: str | Path, output: Path, dtype: torch.dtype = torch.float32) -
 
     write_directory(output, write)
     return differences[0]
-
-
-def refuse_filled(output: Path) -> None:
-    """Raises a `UserError` where ``output`` holds something."""
-    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
-        raise UserError(f"{output} exists and is not empty: choose another --output")
 
 
 @torch.inference_mode()
@@ -301,92 +165,15 @@ says, wrong or harmful as that may be.
 
 def _run_figures(checkpoint: Path, step: int) -> list[tuple[str, str]]:
     """What the run directory around a checkpoint tells; nothing where there is none."""
-    import csv
-
-    run, figures = checkpoint.parent.parent, []
+    run, figures = RunDirectory(checkpoint.parent.parent), []
     try:
-        content = json.loads((run / "run.json").read_text())
-        prints = content.get("data") or {}
-        figures += [(f"fingerprint: {name}", str(value)) for name, value in prints.items()]
-        figures.append(("git commit", str(content.get("git_commit"))))
-    except (OSError, ValueError, AttributeError):
-        return []
-    try:
-        with open(run / "metrics.csv", newline="") as file:
-            measured = [row for row in csv.DictReader(file) if row.get("val_bpb")]
-        upto = [row for row in measured if int(float(row.get("step") or 0)) <= step]
+        facts = run.facts()
+        figures += [(f"fingerprint: {k}", str(v)) for k, v in (facts.get("data") or {}).items()]
+        figures.append(("git commit", str(facts.get("git_commit"))))
+        measured = [row for row in run.metrics() if "val_bpb" in row and "step" in row]
+        upto = [row["val_bpb"] for row in measured if int(float(row["step"])) <= step]
         if upto:
-            figures.append(("validation bits per byte", f"{float(upto[-1]['val_bpb']):.4f}"))
-    except (OSError, ValueError):
+            figures.append(("validation bits per byte", f"{float(upto[-1]):.4f}"))
+    except (UserError, ValueError, AttributeError):
         pass
     return figures
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of an export; `transformers` may have saved several."""
-    files = sorted(directory.glob("model*.safetensors"))
-    if not files:
-        raise UserError(f"{directory} holds no {WEIGHTS}")
-    return files
-
-
-def read_export(directory: Path) -> tuple[BoVConfig, dict[str, Tensor]]:
-    """Configuration and weights of an export, by our names; runs none of its code."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        shape = BoVConfig(**json.loads((directory / "config.json").read_text()))
-        shape.transformer_config()
-    except UserError as error:
-        raise UserError(f"{directory / 'config.json'}: {error}") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{directory / 'config.json'} cannot be read: {error}") from error
-    weights: dict[str, Tensor] = {}
-    for file in weight_files(directory):
-        try:
-            found = load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} cannot be read: {error}") from error
-        weights |= {name.removeprefix("model."): tensor for name, tensor in found.items()}
-    return shape, weights
-
-
-def load_export(
-    directory: Path, device: str | torch.device, dtype: torch.dtype, bank_device: str | None = None
-) -> tuple[Transformer, Any]:
-    """The model of an export, in eval mode, and its tokenizer or None; see `bov_lightning.load`."""
-    shape, weights = read_export(directory)
-    with torch.device("meta"):
-        model = Transformer(shape.transformer_config())
-    load_weights(model, weights, directory)
-    place(model, device, dtype, bank_device, weight_files(directory), "model.")
-    tokenizer = None
-    if (directory / "tokenizer.json").is_file():
-        from transformers import PreTrainedTokenizerFast
-
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
-    return model.eval(), tokenizer
-
-
-def import_hf(directory: Path, output: Path) -> TransformerConfig:
-    """Writes an export, as `transformers` may have saved it again, as a checkpoint of ours."""
-    if not is_export(directory):
-        raise UserError(f"{directory} is no export: its config.json names no model_type bov")
-    refuse_filled(output)
-    stored, weights = read_export(directory)
-    shape = stored.transformer_config()
-    with torch.device("meta"):
-        model = Transformer(shape)
-    load_weights(model, weights, directory)
-    weights = {name: tensor.float() for name, tensor in weights.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = None
-        if (directory / "tokenizer.json").is_file():
-            tokenizer = Path(folder)
-            for name in ("tokenizer.json", "tokenizer_config.json"):
-                if (directory / name).is_file():
-                    shutil.copyfile(directory / name, tokenizer / name)
-        step = int(getattr(stored, "training_step", 0))
-        write_checkpoint(output, step, weights, config_yaml(shape), tokenizer=tokenizer)
-    return shape

@@ -3,6 +3,8 @@
 An export carries this file and the model's as one, see `bov_lightning.interop.hf_export`.
 """
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 import transformers
@@ -10,9 +12,15 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from bov_lightning.model.cache import Cache, prefill
+from bov_lightning.model.cache import Cache
 from bov_lightning.model.config import TransformerConfig, ValueConfig
+from bov_lightning.model.prefill import prefill
 from bov_lightning.model.transformer import Transformer
+
+SMALL = {
+    "n_layer": 2, "n_head": 2, "n_kv_head": 2, "d_model": 64, "vocab_size": 256,
+    "sequence_len": 64, "window_pattern": "L",
+}  # fmt: skip
 
 
 class BoVConfig(PreTrainedConfig):
@@ -27,22 +35,22 @@ class BoVConfig(PreTrainedConfig):
         "max_position_embeddings": "max_context",
     }
 
-    def __init__(
-        self, n_layer=2, n_head=2, n_kv_head=2, d_model=64, vocab_size=256, sequence_len=64,
-        window_pattern="L", document_start=None, value=None, max_context=None, **kwargs,
-    ):  # fmt: skip
-        """See `TransformerConfig`; ``max_context`` is what a cache has room for by default."""
-        self.n_layer, self.n_head, self.n_kv_head = n_layer, n_head, n_kv_head
-        self.d_model, self.vocab_size, self.sequence_len = d_model, vocab_size, sequence_len
-        self.window_pattern, self.document_start = window_pattern, document_start
-        self.value = dict(value or {})
-        self.max_context = max_context or 10 * sequence_len
+    def __init__(self, max_context=None, **kwargs):
+        """The fields of `TransformerConfig`; ``max_context`` is what a cache has room for.
+
+        What is not given is small: `transformers` makes configurations without arguments.
+        """
+        for field in dataclasses.fields(TransformerConfig):
+            missing = SMALL.get(field.name, None if field.name == "value" else field.default)
+            setattr(self, field.name, kwargs.pop(field.name, missing))
+        self.value = dict(self.value or {})
+        self.max_context = max_context or self.transformer_config().max_context
         super().__init__(**{"tie_word_embeddings": False, **kwargs})
 
     def transformer_config(self) -> TransformerConfig:
         """The network's own configuration."""
-        names = TransformerConfig.__dataclass_fields__.keys() - {"value"}
-        shape = {name: getattr(self, name) for name in names}
+        names = [field.name for field in dataclasses.fields(TransformerConfig)]
+        shape = {name: getattr(self, name) for name in names if name != "value"}
         return TransformerConfig(**shape, value=ValueConfig(**self.value))
 
 

@@ -10,19 +10,19 @@ import re
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
-from bov_lightning.checkpoint.directory import load_weights, write_checkpoint
+from bov_lightning.checkpoint.reading import load_weights
+from bov_lightning.checkpoint.writing import config_yaml, write_checkpoint
 from bov_lightning.errors import UserError
+from bov_lightning.files import refuse_filled
 from bov_lightning.model.config import TransformerConfig, ValueConfig
-from bov_lightning.model.transformer import Transformer
+from bov_lightning.model.counting import meta_model
 
 SIZES = {
     "n_layer": "n_layer", "n_head": "n_head", "n_kv_head": "n_kv_head", "n_embd": "d_model",
     "vocab_size": "vocab_size", "sequence_len": "sequence_len", "window_pattern": "window_pattern",
 }  # fmt: skip
-
 SOURCE_FLAGS = {
     "v_from_value_emb": {"source": "bank"},
     "v_from_x0": {"source": "initial_embedding"},
@@ -40,7 +40,6 @@ LAYER_FLAGS = {
     "on_last_two_thirds_layers": "last_two_thirds",
 }
 OTHER_FLAGS = ("learn_init_coeffs", "value_emb_shared")
-
 RENAMED = (
     (r"transformer\.wte\.weight", "embedding.weight"),
     (r"lm_head\.weight", "head.weight"),
@@ -98,7 +97,7 @@ def convert_weights(state: dict[str, Tensor], config: TransformerConfig) -> dict
 
     A shared table is stored there once per target layer; it is taken from the first.
     """
-    own = set(_meta_model(config).state_dict())
+    own = set(meta_model(config).state_dict())
     weights = {}
     for theirs, tensor in state.items():
         name = convert_name(theirs)
@@ -118,18 +117,12 @@ def convert_name(theirs: str) -> str:
     raise UserError(f"parameter {theirs} is not one of the authors' base model")
 
 
-def _meta_model(config: TransformerConfig) -> Transformer:
-    with torch.device("meta"):
-        return Transformer(config)
-
-
 def import_nanochat(directory: Path, output: Path) -> TransformerConfig:
     """Writes the newest checkpoint in ``directory`` as one of ours; returns its configuration."""
     found = sorted(directory.glob("model_*.pt"))
     if not found:
         raise UserError(f"{directory} holds no model_NNNNNN.pt")
-    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
-        raise UserError(f"{output} exists: choose another --output")
+    refuse_filled(output)
     model_path = found[-1]
     meta_path = model_path.with_name(model_path.stem.replace("model_", "meta_") + ".json")
     try:
@@ -147,13 +140,6 @@ def import_nanochat(directory: Path, output: Path) -> TransformerConfig:
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{model_path} cannot be read: {str(error).splitlines()[0]}") from error
     weights = convert_weights({name: t.float() for name, t in state.items()}, config)
-    load_weights(_meta_model(config), weights, model_path)
+    load_weights(meta_model(config), weights, model_path)
     write_checkpoint(output, step, weights, config_yaml(config))
     return config
-
-
-def config_yaml(config: TransformerConfig) -> str:
-    """The recipe of a checkpoint of which only the network's shape is known."""
-    from dataclasses import asdict
-
-    return yaml.safe_dump({"model": {"config": asdict(config)}}, sort_keys=False)

@@ -4,7 +4,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -12,7 +12,9 @@ import yaml
 from bov_lightning.errors import UserError
 from bov_lightning.files import write_file
 from bov_lightning.recipe.budget import accumulation
-from bov_lightning.recipe.sections import Recipe, merge
+from bov_lightning.recipe.given import Given
+from bov_lightning.recipe.overlays import merge
+from bov_lightning.recipe.sections import Recipe
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,9 @@ class JobConfig:
     """Partition to run in."""
     account: str | None = None
     """Account to charge."""
-    sbatch: list[str] = field(default_factory=list)
+    sbatch: tuple[str, ...] = ()
     """More options of sbatch, such as --constraint=h100."""
-    setup: list[str] = field(default_factory=list)
+    setup: tuple[str, ...] = ()
     """Shell lines to run first, such as module load cuda."""
 
     @property
@@ -156,17 +158,13 @@ RECIPE = "recipe.yaml"
 """In the run directory: what the job trains, whatever becomes of the files it was made from."""
 
 
-def submit(
-    recipe: Recipe, settings: dict, origin: str, job: JobConfig, evaluate: bool, dry_run: bool
-) -> str | None:
+def submit(given: Given, job: JobConfig, evaluate: bool, dry_run: bool) -> str | None:
     """Writes recipe and sbatch file into the run directory and submits them; or prints the latter.
 
     Returns the job's number, None without a job.
 
     Args:
-        recipe: the typed recipe.
-        settings: the same as plain data.
-        origin: what to call it in error messages.
+        given: the recipe.
         job: what SLURM is asked for.
         evaluate: watch the run and evaluate its checkpoints, instead of training it.
         dry_run: only print the sbatch file.
@@ -175,20 +173,19 @@ def submit(
         UserError: a batch that the tasks cannot share, devices that are not those of the job, no
             sbatch on this machine, or one that refuses the job.
     """
-    if recipe.model.budget is None:
-        raise UserError(f"{origin}: model.budget is not set: give flops, tokens or steps")
+    recipe, _ = given.recipe, given.budget
     if evaluate:
-        _check_watcher(recipe, origin, job)
+        _check_watcher(given, job)
     for key, asked in () if evaluate else (("devices", job.n_task), ("num_nodes", job.nodes)):
         configured = recipe.trainer.get(key, 1)
         if isinstance(configured, int) and configured not in (1, asked):
-            raise UserError(
-                f"{origin}: trainer.{key} is {configured}, but the job has {asked}: leave it at 1, "
+            raise given.error(
+                f"trainer.{key} is {configured}, but the job has {asked}: leave it at 1, "
                 "which a SLURM job fills in"
             )
     world = 1 if evaluate else job.nodes * job.n_task
     accumulation(recipe.batch.tokens, recipe.batch.micro, recipe.model.config.sequence_len, world)
-    run = (Path(recipe.run.root) / recipe.run.name).resolve()
+    run = given.run.resolve()
     script = render(recipe, job, run, evaluate)
     if dry_run:
         print(script, end="")
@@ -202,7 +199,7 @@ def submit(
     run.mkdir(parents=True, exist_ok=True)
     file = run / ("evaluate.sbatch" if evaluate else "submit.sbatch")
     if not evaluate:
-        settings = merge(settings, {"resume": "auto", "run": {"root": str(run.parent)}})
+        settings = merge(given.plain, {"resume": "auto", "run": {"root": str(run.parent)}})
         write_file(run / RECIPE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     write_file(file, script)
     result = subprocess.run(["sbatch", str(file)], capture_output=True, text=True)
@@ -213,8 +210,8 @@ def submit(
     return result.stdout.split()[-1]
 
 
-def _check_watcher(recipe: Recipe, origin: str, job: JobConfig) -> None:
-    if not recipe.evaluation.tasks:
-        raise UserError(f"{origin}: evaluation.tasks is empty: name what to evaluate")
+def _check_watcher(given: Given, job: JobConfig) -> None:
+    if not given.recipe.evaluation.tasks:
+        raise given.error("evaluation.tasks is empty: name what to evaluate")
     if job.nodes * job.n_task > 1:
         raise UserError("--evaluate needs one process: leave --nodes and --gpus-per-node at 1")

@@ -9,16 +9,10 @@ from typing import TYPE_CHECKING, Union
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from bov_lightning.model.config import TransformerConfig
-from bov_lightning.model.layers import Linear, rms_norm
+from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
-
-    from bov_lightning.model.cache import LayerCache
-    from bov_lightning.model.values import LayerValues, ValueInputs
 
 ROTARY_BASE = 100_000
 QK_SCALE = 1.2
@@ -209,35 +203,3 @@ def _attend_in_window(
         )  # fmt: skip
         outputs.append(y_BHTD.transpose(1, 2))
     return torch.cat(outputs, dim=1).transpose(1, 2)
-
-
-class Attention(nn.Module):
-    """Self-attention whose values come from a `LayerValues`."""
-
-    def __init__(self, config: TransformerConfig, values: "LayerValues"):
-        super().__init__()
-        self.head_dim = config.head_dim
-        self.query = Linear(config.d_model, config.n_head * config.head_dim)
-        self.key = Linear(config.d_model, config.n_kv_head * config.head_dim)
-        self.value = values
-        self.output = Linear(config.n_head * config.head_dim, config.d_model)
-
-    def forward(
-        self, inputs: "ValueInputs", rotary: tuple[Tensor, Tensor], mask: Mask,
-        past: "LayerCache | None" = None,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Output (B, T, C) and this layer's value (B, T, K*D), None where decoding needs none."""
-
-        def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (-1, self.head_dim))
-
-        q_BTHD = rms_norm(rotate(heads(self.query(inputs.x)), *rotary))
-        k_BTKD = rms_norm(rotate(heads(self.key(inputs.x)), *rotary))
-        if past is None:
-            value = self.value(inputs)
-            v_BTKD = heads(value).to(q_BTHD.dtype)
-            y_BHTD = attend(*(x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD)), mask)
-        else:
-            q_BHTD, k_BKSD = q_BTHD.transpose(1, 2), past.keys.extend(k_BTKD)
-            y_BHTD, value = self.value.attend_past(inputs, q_BHTD, k_BKSD, mask, past)
-        return self.output(y_BHTD.transpose(1, 2).flatten(2)), value

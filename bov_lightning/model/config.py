@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bov_lightning.errors import UserError
+from bov_lightning.model.lookup import source_class
 
 LAYER_SETS = {
     "every": lambda layer, n_layer: True,
@@ -40,8 +41,6 @@ class ValueConfig:
     """Whether all target layers share one table (a bank, or a source of your own that can)."""
 
     def __post_init__(self):
-        from bov_lightning.model.values import source_class
-
         source = source_class(self.source)
         if self.shared and not source.shareable:
             raise UserError(
@@ -167,8 +166,6 @@ class TransformerConfig:
     @property
     def target_layers(self) -> list[int]:
         """The layers whose values come from ``value.source``."""
-        from bov_lightning.model.values import source_class
-
         if isinstance(self.value.layers, list):
             return sorted(self.value.layers)
         first = 1 if source_class(self.value.source).skips_first_layer else 0

@@ -3,21 +3,28 @@
 Shapes: B batch, T time, C = d_model, V = padded vocabulary.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bov_lightning.model.attention import (
-    Attention,
+    Mask,
+    attend,
     make_masks,
     rotary_angles,
     rotary_angles_at,
+    rotate,
 )
 from bov_lightning.model.cache import Cache
 from bov_lightning.model.config import TransformerConfig
 from bov_lightning.model.layers import Initialiser, Linear, rms_norm, squared_relu
 from bov_lightning.model.loss import softcap, softcapped_cross_entropy
 from bov_lightning.model.values import LayerValues, ValueInputs, build_layer_values
+
+if TYPE_CHECKING:
+    from bov_lightning.model.cache import LayerCache
 
 
 class Smear(nn.Module):
@@ -221,3 +228,35 @@ class Transformer(nn.Module):
             for name, parameter in module.named_parameters(recurse=False):
                 groups.setdefault(names.get(name, "matrix"), []).append(parameter)
         return groups
+
+
+class Attention(nn.Module):
+    """Self-attention whose values come from a `LayerValues`."""
+
+    def __init__(self, config: TransformerConfig, values: "LayerValues"):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.query = Linear(config.d_model, config.n_head * config.head_dim)
+        self.key = Linear(config.d_model, config.n_kv_head * config.head_dim)
+        self.value = values
+        self.output = Linear(config.n_head * config.head_dim, config.d_model)
+
+    def forward(
+        self, inputs: "ValueInputs", rotary: tuple[Tensor, Tensor], mask: Mask,
+        past: "LayerCache | None" = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Output (B, T, C) and this layer's value (B, T, K*D), None where decoding needs none."""
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (-1, self.head_dim))
+
+        q_BTHD = rms_norm(rotate(heads(self.query(inputs.x)), *rotary))
+        k_BTKD = rms_norm(rotate(heads(self.key(inputs.x)), *rotary))
+        if past is None:
+            value = self.value(inputs)
+            v_BTKD = heads(value).to(q_BTHD.dtype)
+            y_BHTD = attend(*(x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD)), mask)
+        else:
+            q_BHTD, k_BKSD = q_BTHD.transpose(1, 2), past.keys.extend(k_BTKD)
+            y_BHTD, value = self.value.attend_past(inputs, q_BHTD, k_BKSD, mask, past)
+        return self.output(y_BHTD.transpose(1, 2).flatten(2)), value

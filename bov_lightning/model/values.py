@@ -7,18 +7,15 @@ and with the layer's context value x W_V; the variants of the paper are such com
 Shapes: B batch, T time, C = d_model, V = n_kv_head * head_dim.
 """
 
-import importlib
-import os
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bov_lightning.errors import UserError
 from bov_lightning.model.decode import attend_bank, attend_values
 from bov_lightning.model.layers import Initialiser, Linear, rms_norm
+from bov_lightning.model.lookup import register, source_class
 
 if TYPE_CHECKING:
     from bov_lightning.model.attention import Mask
@@ -46,10 +43,9 @@ class ValueInputs(NamedTuple):
 class ValueSource(nn.Module):
     """One way of computing value vectors.
 
-    Recipes name the ones below by ``name``, a class of somebody's own by its class path.
+    Recipes name the ones below by their ``name``, a class of somebody's own by its class path.
     """
 
-    name: ClassVar[str]
     n_projection: ClassVar[int] = 0
     """How often the source applies the layer's own W_V."""
     is_context: ClassVar[bool] = False
@@ -65,6 +61,11 @@ class ValueSource(nn.Module):
     what it keeps instead."""
     optimizer_groups: ClassVar[dict[str, str]] = {}
     """Optimizer group by parameter name; a parameter that is not named is a Muon matrix."""
+
+    def __init_subclass__(cls, name: str | None = None):
+        """Makes the class known to recipes; one of the package by a short ``name`` too."""
+        super().__init_subclass__()
+        register(cls, name)
 
     def __init__(self, config: "TransformerConfig"):
         super().__init__()
@@ -100,10 +101,9 @@ class ValueSource(nn.Module):
         ``embedding`` what the token embedding starts with."""
 
 
-class ContextValue(ValueSource):
+class ContextValue(ValueSource, name="context"):
     """Standard attention: V = x W_V."""
 
-    name = "context"
     n_projection = 1
     is_context = True
 
@@ -111,10 +111,9 @@ class ContextValue(ValueSource):
         return projection(inputs.x)
 
 
-class FirstLayerValue(ValueSource):
+class FirstLayerValue(ValueSource, name="first_layer"):
     """The value that the first layer computed."""
 
-    name = "first_layer"
     skips_first_layer = True
     value_cache = False
 
@@ -129,24 +128,22 @@ class FirstLayerValue(ValueSource):
         return attend_values(q_BHTD, k_BKSD, past.values.extend(v_BTKD), mask)
 
 
-class InitialEmbeddingValue(ValueSource):
+class InitialEmbeddingValue(ValueSource, name="initial_embedding"):
     """The layer's own W_V applied to the initial token embedding, normed once more."""
 
-    name = "initial_embedding"
     n_projection = 1
 
     def forward(self, inputs, projection):
         return projection(rms_norm(inputs.x0))
 
 
-class BankOfValues(ValueSource):
+class BankOfValues(ValueSource, name="bank"):
     """A learned table of value vectors, one row per token id (arXiv 2606.02780).
 
     Initialised to ``W_V RMSNorm(embedding)``, with W_V drawn as the layer's value matrix would be
     and then dropped: at step 0 the layer attends exactly as with values from the embedding.
     """
 
-    name = "bank"
     shareable = True
     gateable = True
     value_cache = False
@@ -188,67 +185,6 @@ class BankOfValues(ValueSource):
         stream = fill.stream(f"{prefix}.projection.weight")
         projection.uniform_(-bound, bound, generator=stream)
         fill.fill(self.table, rms_norm(embedding) @ projection.T)
-
-
-TRUSTED = "BOV_TRUSTED_MODULES"
-"""Variable that names the modules, separated by commas, that a checkpoint's class may come from."""
-
-
-def class_path(cls: type) -> str:
-    """``module.Class``, as recipes name a source of somebody's own."""
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def import_module_of(path: str) -> None:
-    """Imports the module of a class path, or raises a `UserError` where there is none."""
-    module, _, _ = path.rpartition(".")
-    if not all(part.isidentifier() for part in path.split(".")):
-        raise UserError(f"value.source {path!r} is no class path such as my_module.MySource")
-    try:
-        importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if not f"{module}.".startswith(f"{error.name}."):
-            raise
-        raise UserError(
-            f"value.source {path} cannot be imported, since there is no module {error.name}: "
-            "install it, or put its folder on PYTHONPATH"
-        ) from None
-
-
-def _subclasses(cls: type) -> Iterator[type]:
-    for subclass in cls.__subclasses__():
-        yield subclass
-        yield from _subclasses(subclass)
-
-
-def source_class(name: str) -> type[ValueSource]:
-    """The value source of that name, or of that class path.
-
-    A stranger's checkpoint is read by this too, so a class path is looked up among the classes that
-    are imported anyway; only a module that BOV_TRUSTED_MODULES names is imported for it. Those of
-    the user's own recipes are, before, by `bov_lightning.recipe.sections.import_source`.
-
-    Raises:
-        UserError: an unknown name, with the known ones, or a class that is not imported.
-    """
-    module, _, _ = name.rpartition(".")
-    if module and module in os.environ.get(TRUSTED, "").split(","):
-        import_module_of(name)
-    known = list(_subclasses(ValueSource))
-    built_in = {cls.name: cls for cls in known if cls.__module__ == __name__}
-    # The last one of a path: a notebook may have run its cell again.
-    sources = {class_path(cls): cls for cls in known} | built_in
-    if name in sources:
-        return sources[name]
-    if module:
-        raise UserError(
-            f"value.source {name} is not imported: a recipe of yours that names it imports it, a "
-            f"checkpoint does not; if you trust that module, set {TRUSTED}={module}"
-        )
-    raise UserError(
-        f"value.source {name!r} is unknown: use one of {', '.join(built_in)}, or the class path of "
-        "a source of your own"
-    )
 
 
 class LayerValues(nn.Module):

@@ -5,7 +5,7 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from bov_lightning.optim.groups import OptimizerConfig
+from bov_lightning.optim.config import OptimizerConfig
 
 
 def lr_factor(step: int, n_step: int, config: OptimizerConfig) -> float:

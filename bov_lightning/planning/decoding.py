@@ -14,8 +14,7 @@ from rich.table import Table
 from bov_lightning.errors import UserError
 from bov_lightning.model.cache import Cache
 from bov_lightning.model.config import TransformerConfig
-from bov_lightning.recipe.budget import meta_model, with_standard_values
-from bov_lightning.recipe.sections import Recipe
+from bov_lightning.model.counting import break_even_tokens, meta_model, with_standard_values
 
 ELEMENT_BYTES = 2
 """Weights, tables and cache in bf16."""
@@ -66,9 +65,6 @@ def inference_plan(config: TransformerConfig, batch: int, context: int) -> dict:
         for name, shape in {"full_standard": whole, "standard": standard, "this": config}.items()
     }
     _, tables, weights = weight_bytes(config)
-    per_token = ELEMENT_BYTES * config.d_value * sum(
-        not block.attention.value.value_cache for block in meta_model(config).blocks
-    )  # fmt: skip
     saved_per_row = (caches["standard"] - caches["this"]) / batch
     rows = -(-tables // saved_per_row) if tables and saved_per_row > 0 else None
     return {
@@ -80,7 +76,7 @@ def inference_plan(config: TransformerConfig, batch: int, context: int) -> dict:
         "table_bytes": tables,
         "weight_bytes": {"this": weights, "standard": weight_bytes(standard)[2]},
         "break_even": {
-            "cached_tokens_full_caches": -(-tables // per_token) if tables else None,
+            "cached_tokens_full_caches": break_even_tokens(config),
             "cached_tokens_window_caches": None if rows is None else int(rows) * context,
         },
         "read_bytes_per_step": {
@@ -92,7 +88,12 @@ def inference_plan(config: TransformerConfig, batch: int, context: int) -> dict:
 
 
 def print_inference_plan(
-    recipe: Recipe, batch: int, context: int, bandwidth: float, as_json: bool, plot: Path | None
+    config: TransformerConfig,
+    batch: int,
+    context: int,
+    bandwidth: float,
+    as_json: bool,
+    plot: Path | None,
 ) -> None:
     """Prints the plan as a table or as one JSON object, and draws it.
 
@@ -100,7 +101,6 @@ def print_inference_plan(
     """
     if bandwidth <= 0:
         raise UserError("--bandwidth is above 0, in GB/s")
-    config = recipe.model.config
     plan = inference_plan(config, batch, context)
     steps = {name: 1e9 * bandwidth / read for name, read in plan["read_bytes_per_step"].items()}
     plan["tokens_per_s_at_most"] = {name: batch * rate for name, rate in steps.items()}

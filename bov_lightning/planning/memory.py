@@ -13,13 +13,11 @@ numbers, but import torch's compiler and take several times as long.
 """
 
 import gc
-import re
 import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -31,114 +29,30 @@ from torch import Tensor, nn
 from torch._guards import active_fake_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bov_lightning.distributed.layout import Layout
 from bov_lightning.distributed.sharding import (
-    PARAM_DTYPES,
-    check_precision,
-    check_replicate,
     local_part,
     make_mesh,
     recompute_activations,
     shard,
 )
-from bov_lightning.errors import UserError
 from bov_lightning.model import attention, layers, loss, matmul, transformer
 from bov_lightning.model.config import TransformerConfig
+from bov_lightning.model.counting import meta_model
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.optim import muon_adamw
 from bov_lightning.optim.groups import build_groups
 from bov_lightning.optim.muon_adamw import MuonAdamW
-from bov_lightning.recipe.budget import meta_model
 from bov_lightning.recipe.sections import Recipe
 
 KINDS = ("parameters", "gradients", "optimizer", "tables", "activations", "buffers")
 """``tables``: value tables with their gradients and optimizer state, which the first three leave
 out. ``activations``: what the forward pass makes, also while it is recomputed. ``buffers``:
 gathered parameters, messages, and temporaries of the backward pass, the loss and the optimizer."""
-
-
 PARTS = {
     "forward": "forward pass", "backward": "backward pass", "optimizer": "optimizer step",
 }  # fmt: skip
 """Of a step: what ``peak_in`` says, in words."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a run spreads over devices."""
-
-    world_size: int = 1
-    sharded: bool = True
-    """FSDP2; else DDP."""
-    replicate: int = 1
-    """Copies of the model, each sharded over world size / replicate devices."""
-    half: bool = False
-    """bf16 activations and products."""
-    cuda: bool = False
-    """Whether the device is a GPU: attention and loss choose by it."""
-
-    @property
-    def shards(self) -> bool:
-        """Whether FSDP2 takes part, as `ShardedStrategy.build` decides it."""
-        return self.sharded and (self.world_size > 1 or self.half)
-
-
-def read_layout(trainer: dict[str, Any], world_size: int | None = None) -> Layout:
-    """The layout that a recipe's trainer section asks for.
-
-    Args:
-        trainer: the section.
-        world_size: devices of the run; None: trainer.devices x trainer.num_nodes.
-
-    Raises:
-        UserError: what `bov fit` would refuse too, or a precision that cannot be planned.
-    """
-    strategy, arguments = trainer.get("strategy"), {}
-    if "class_path" in (strategy or ""):  # a mapping, or jsonargparse's Namespace
-        strategy, arguments = strategy["class_path"], strategy.get("init_args") or {}
-    name = str(strategy).rpartition(".")[2]
-    if name not in ("None", "auto", "fsdp", "ShardedStrategy", "ddp", "ReplicatedStrategy"):
-        raise UserError(f"trainer.strategy {strategy!r} is not supported: use fsdp or ddp")
-    sharded = name not in ("ddp", "ReplicatedStrategy")
-    precision = trainer.get("precision")
-    if sharded:
-        check_precision(precision)
-    elif precision not in (None, *PARAM_DTYPES):
-        raise UserError(f"the memory of trainer.precision {precision} under ddp cannot be planned")
-    if world_size is None:
-        world_size = _n_device(trainer.get("devices", 1)) * int(trainer.get("num_nodes") or 1)
-    replicate = int(arguments.get("replicate", 1))
-    check_replicate(world_size, replicate)
-    half = PARAM_DTYPES.get(precision) is not None
-    return Layout(world_size, sharded, replicate, half, trainer.get("accelerator") != "cpu")
-
-
-def _n_device(devices: Any) -> int:
-    """What trainer.devices stands for, on one node."""
-    if isinstance(devices, list):
-        return len(devices)
-    text = str(devices)
-    if "," in text:
-        return len([part for part in text.split(",") if part.strip()])
-    return int(text) if text.isdigit() else max(1, torch.cuda.device_count())
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes from ``80GB``, ``79.1 GiB`` or ``2000000``; anything else is a `UserError`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B|B)?", text.strip(), re.IGNORECASE)
-    if not match:
-        raise UserError(f"--memory {text}: give a size such as 80GB or 79.1GiB")
-    number, prefix, binary = match.groups()
-    power = " KMGT".index(prefix.upper()) if prefix else 0
-    return int(float(number) * (1024 if binary else 1000) ** power)
-
-
-def device_memory() -> int | None:
-    """Bytes of the smallest CUDA device of this machine; None if it has none."""
-    sizes = [
-        torch.cuda.get_device_properties(index).total_memory
-        for index in range(torch.cuda.device_count())
-    ]
-    return min(sizes, default=None)
 
 
 def plan_memory(recipe: Recipe, layout: Layout, n_micro: int) -> dict[str, Any]:
@@ -261,32 +175,6 @@ def _fake_ranks(layout: Layout) -> Iterator[tuple[str, Any, "_StorageTracker"]]:
             yield "cpu", mesh, _StorageTracker(fake_mode)
     finally:
         dist.destroy_process_group()
-
-
-def check_fit(recipe: Recipe, layout: Layout, memory: dict[str, Any], available: int) -> None:
-    """A peak above the ``available`` bytes of a device is a `UserError` that gives advice."""
-    if memory["peak"] <= available:
-        return
-    kept = sum(memory[kind] for kind in ("parameters", "gradients", "optimizer", "tables"))
-    advice = []
-    if memory["peak_in"] != "optimizer":
-        if not recipe.activation_checkpointing:
-            advice.append("activation_checkpointing true")
-        if recipe.batch.micro > 1:
-            advice.append(f"a batch.micro below {recipe.batch.micro}")
-    if kept > 0.1 * memory["peak"]:
-        if not layout.sharded:
-            advice.append("trainer.strategy fsdp")
-        elif layout.replicate > 1:
-            advice.append(f"fewer copies than replicate {layout.replicate}")
-        advice.append(f"more devices than {layout.world_size}")
-        if layout.cuda and not layout.half:
-            advice.append("trainer.precision bf16-mixed")
-    raise UserError(
-        f"the plan needs {memory['peak'] / 2**30:.2f} GiB per device in the "
-        f"{PARTS[memory['peak_in']]}, but a device has {available / 2**30:.2f} GiB: try "
-        + (" or ".join(advice) or "a smaller model.config")
-    )
 
 
 def _all_to_all(local: Tensor, gather_dim: int, shard_dim: int, mesh: Any, mesh_dim: int) -> Tensor:

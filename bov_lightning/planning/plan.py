@@ -1,33 +1,27 @@
 """`bov plan`: what a recipe costs, before anything is bought."""
 
 import json
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from bov_lightning.distributed.layout import Layout, read_layout
 from bov_lightning.errors import UserError
 from bov_lightning.optim.groups import scaled
-from bov_lightning.planning.memory import (
-    KINDS,
-    PARTS,
-    check_fit,
-    device_memory,
-    parse_bytes,
-    plan_memory,
-    read_layout,
-)
-from bov_lightning.recipe.budget import accumulation, make_plan
+from bov_lightning.planning.cost import make_plan
+from bov_lightning.planning.devices import device_memory, parse_bytes
+from bov_lightning.planning.memory import KINDS, PARTS, plan_memory
+from bov_lightning.recipe.budget import accumulation
+from bov_lightning.recipe.given import Given
 from bov_lightning.recipe.sections import Recipe
 
 
-def print_plan(
-    recipe: Recipe, origin: str, n_device: int | None, available: str | None, as_json: bool
-) -> None:
+def print_plan(given: Given, n_device: int | None, available: str | None, as_json: bool) -> None:
     """Prints the plan as a table, or as one JSON object.
 
     Args:
-        recipe: what is to be trained.
-        origin: what to call the recipe in error messages.
+        given: what is to be trained.
         n_device: devices of the run; None: those of the recipe.
         available: memory of a device, such as 80GB; None: that of this machine's GPUs, if any.
         as_json: print JSON.
@@ -35,9 +29,8 @@ def print_plan(
     Raises:
         UserError: a run that cannot start, or (after printing) that does not fit into the memory.
     """
+    recipe, budget = given.recipe, given.budget
     model, batch = recipe.model, recipe.batch
-    if model.budget is None:
-        raise UserError(f"{origin}: model.budget is not set: give flops, tokens or steps")
     if n_device is not None and n_device < 1:
         raise UserError(f"--devices is {n_device}: at least 1")
     layout = read_layout(recipe.trainer, n_device)
@@ -47,7 +40,7 @@ def print_plan(
     else:
         limit = device_memory() if layout.cuda else None
     n_micro = accumulation(batch.tokens, batch.micro, model.config.sequence_len, n_device)
-    plan = make_plan(model.config, model.budget, batch.tokens)
+    plan = make_plan(model.config, budget, batch.tokens)
     plan["accumulation"] = n_micro
     plan["optimizer"] = scaled(model.optimizer, model.config, batch.tokens)
     plan["memory_per_device"] = memory = plan_memory(recipe, layout, n_micro)
@@ -87,3 +80,29 @@ def _print_table(recipe: Recipe, plan: dict, n_device: int) -> None:
     for row in rows:
         table.add_row(*row)
     Console(highlight=False).print(table)
+
+
+def check_fit(recipe: Recipe, layout: Layout, memory: dict[str, Any], available: int) -> None:
+    """A peak above the ``available`` bytes of a device is a `UserError` that gives advice."""
+    if memory["peak"] <= available:
+        return
+    kept = sum(memory[kind] for kind in ("parameters", "gradients", "optimizer", "tables"))
+    advice = []
+    if memory["peak_in"] != "optimizer":
+        if not recipe.activation_checkpointing:
+            advice.append("activation_checkpointing true")
+        if recipe.batch.micro > 1:
+            advice.append(f"a batch.micro below {recipe.batch.micro}")
+    if kept > 0.1 * memory["peak"]:
+        if not layout.sharded:
+            advice.append("trainer.strategy fsdp")
+        elif layout.replicate > 1:
+            advice.append(f"fewer copies than replicate {layout.replicate}")
+        advice.append(f"more devices than {layout.world_size}")
+        if layout.cuda and not layout.half:
+            advice.append("trainer.precision bf16-mixed")
+    raise UserError(
+        f"the plan needs {memory['peak'] / 2**30:.2f} GiB per device in the "
+        f"{PARTS[memory['peak_in']]}, but a device has {available / 2**30:.2f} GiB: try "
+        + (" or ".join(advice) or "a smaller model.config")
+    )

@@ -1,37 +1,40 @@
-"""Recipes: typed sections, strict keys, and the rules by which several YAML files become one.
+"""The typed sections of a recipe."""
 
-A recipe is a YAML file, or several: a later one overrides an earlier one key by key, except that
-
-- a ``budget`` or a ``class_path`` of another class replaces the whole block;
-- ``key+: [...]`` extends a list.
-
-Dotted command-line options (``--model.config.n_layer 6``) are one more overlay.
-"""
-
-import copy
-import dataclasses
-import difflib
-import hashlib
-import re
-import types
-import typing
-from argparse import ArgumentError
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from bov_lightning.errors import UserError
-from bov_lightning.files import packaged_recipes
 from bov_lightning.model.config import TransformerConfig
-from bov_lightning.optim.groups import OptimizerConfig
-from bov_lightning.recipe.budget import BudgetConfig
+from bov_lightning.optim.config import OptimizerConfig
 
-REPLACED_WHOLE = {"model.budget"}
 
-FIXED_BY_RUN = ("model.config", "model.optimizer", "batch.tokens", "seed", "data")
-"""What a resumed run must not change."""
+@dataclass(frozen=True)
+class BudgetConfig:
+    """How long to train. Exactly one of the four."""
+
+    flops: float | None = None
+    """Training FLOPs of the whole run."""
+
+    tokens: float | None = None
+    """Training tokens of the whole run."""
+
+    tokens_per_param: float | None = None
+    """Training tokens per scaling parameter (block matrices and head, with standard values)."""
+
+    steps: int | None = None
+    """Optimizer steps."""
+
+    def __post_init__(self):
+        given = [name for name in vars(self) if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) if given else "none"
+            raise UserError(
+                f"model.budget needs exactly one of flops, tokens, tokens_per_param and steps, "
+                f"not {found}"
+            )
+        if getattr(self, given[0]) <= 0:
+            raise UserError(f"model.budget.{given[0]} is {getattr(self, given[0])}: above 0")
 
 
 @dataclass(frozen=True)
@@ -198,239 +201,3 @@ class Recipe:
     """class_path and init_args of a LightningDataModule."""
     trainer: dict[str, Any] = field(default_factory=dict)
     """Arguments of lightning.pytorch.Trainer, except those that other sections decide."""
-
-
-def default_run_name(overlays: list[tuple[Path, dict]]) -> str:
-    """The first file's name, and those of the later files that change the model."""
-    first, *later = overlays
-    return "-".join([first[0].stem, *(path.stem for path, data in later if "model" in data)])
-
-
-def find_recipe(name: str) -> Path:
-    """The file of that path; failing that the packaged recipe (``quickstart``, ``values/bov``)."""
-    relative = Path(name)
-    within = Path(*relative.parts[1:]) if relative.parts[:1] == ("recipes",) else relative
-    packaged = packaged_recipes() / within
-    for path in (relative, packaged, packaged.with_name(packaged.name + ".yaml")):
-        if path.is_file():
-            return path
-    raise UserError(f"recipe {name} does not exist, here or among those of the package")
-
-
-def read_yaml(path: Path) -> dict:
-    """The mapping in a YAML file; never runs code."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is no recipe: its top level must be a mapping of keys")
-    return content
-
-
-def merge(base: dict, overlay: dict, path: str = "") -> dict:
-    """``base`` overridden by ``overlay``, as the module's docstring says; neither is changed."""
-    merged = dict(base)
-    for key, value in overlay.items():
-        here = f"{path}.{key}" if path else str(key)
-        if isinstance(key, str) and key.endswith("+"):
-            old = merged.get(key[:-1]) or []
-            merged[key[:-1]] = [*old, *(value if isinstance(value, list) else [value])]
-            continue
-        old = merged.get(key)
-        other_class = (
-            isinstance(old, dict) and isinstance(value, dict)
-            and "class_path" in value and value["class_path"] != old.get("class_path")
-        )  # fmt: skip
-        if isinstance(value, dict):
-            kept = isinstance(old, dict) and not other_class and here not in REPLACED_WHOLE
-            merged[key] = merge(old if kept else {}, value, here)
-        else:
-            merged[key] = value
-    return merged
-
-
-def text_overlay(train: list[str], val: list[str]) -> dict:
-    """An overlay that trains on text files instead; its directory is named after the patterns."""
-    if not train and not val:
-        return {}
-    if not train or not val:
-        raise UserError("--data and --val-data go together: text to train on, text to validate on")
-    digest = hashlib.sha256(repr((train, val)).encode()).hexdigest()[:8]
-    source = {"class_path": "data_modules.TextFiles", "init_args": {"train": train, "val": val}}
-    return {"data": {"init_args": {"directory": f"data/text-{digest}", "source": source}}}
-
-
-def parse_options(options: list[str]) -> dict:
-    """``--a.b value`` and ``--a.b=value`` as an overlay {a: {b: value}}; values are YAML."""
-    overlay: dict = {}
-    remaining = list(options)
-    while remaining:
-        option = remaining.pop(0)
-        if not option.startswith("--"):
-            raise UserError(f"unexpected argument {option!r}: options look like --run.name NAME")
-        key, has_value, text = option[2:].partition("=")
-        if not has_value:
-            if not remaining:
-                raise UserError(f"option --{key} needs a value")
-            text = remaining.pop(0)
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"--{key} {text}: the value is no YAML") from error
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        overlay = merge(overlay, value)
-    return overlay
-
-
-def plain(value: Any) -> Any:
-    """A section as plain data; anything else as it is."""
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-
-
-def part_of(data: Any, key: str) -> Any:
-    """What lies at a dotted key; None where there is nothing."""
-    for part in key.split("."):
-        data = data.get(part) if isinstance(data, dict) else None
-    return data
-
-
-def first_difference(old: Any, new: Any, key: str) -> tuple[str, Any, Any] | None:
-    """(dotted key, old value, new value) where they differ first; keys of ``new`` alone are fine:
-
-    they came with a newer version.
-    """
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in old:
-            if found := first_difference(old.get(name), new.get(name), f"{key}.{name}"):
-                return found
-        return None
-    return None if old == new else (key, old, new)
-
-
-def _dataclass_of(annotation: Any) -> type | None:
-    """The dataclass in an annotation ``D`` or ``D | None``."""
-    options = (
-        typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    )
-    return next((option for option in options if dataclasses.is_dataclass(option)), None)
-
-
-def known_keys(cls: type, path: str = "") -> list[str]:
-    """All dotted keys of a config dataclass."""
-    keys = []
-    for name, annotation in typing.get_type_hints(cls).items():
-        here = f"{path}.{name}" if path else name
-        nested = _dataclass_of(annotation)
-        keys += [here, *(known_keys(nested, here) if nested else [])]
-    return keys
-
-
-def nearest(key: str, known: list[str]) -> str | None:
-    """The known dotted key that was probably meant."""
-    section, _, name = key.rpartition(".")
-    same_section = [k for k in known if k.rpartition(".")[0] == section]
-    same_name = [k for k in known if k.rpartition(".")[2] == name]
-    for candidates, cutoff in ((same_section, 0.7), (same_name, 0.0), (known, 0.5)):
-        if close := difflib.get_close_matches(key, candidates, n=1, cutoff=cutoff):
-            return close[0]
-    return None
-
-
-def unknown_key(key: str, known: list[str], origin: str) -> UserError:
-    """The error for a key that does not exist."""
-    guess = nearest(key, known)
-    hint = f"did you mean {guess}?" if guess else f"known: {', '.join(known)}"
-    return UserError(f"{origin}: unknown key {key}: {hint}")
-
-
-def check_keys(data: dict, origin: str, cls: type = Recipe, path: str = "") -> None:
-    """Refuses keys that no section has, naming the nearest; values are checked elsewhere."""
-    hints = typing.get_type_hints(cls)
-    for key, value in data.items():
-        name = str(key).removesuffix("+")
-        here = f"{path}.{name}" if path else name
-        if name not in hints:
-            raise unknown_key(here, known_keys(Recipe), origin)
-        nested = _dataclass_of(hints[name])
-        if nested is None:
-            continue
-        if isinstance(value, dict):
-            check_keys(value, origin, nested, here)
-        elif value is not None:
-            raise UserError(f"{origin}: {here} is {value!r}, but must be a section with keys")
-
-
-def import_source(overlay: dict, origin: str) -> None:
-    """Imports the module of a value source that ``overlay`` names by its class path.
-
-    For recipes that the user gives; what a checkpoint names is not imported for it.
-    """
-    value = ((overlay.get("model") or {}).get("config") or {}).get("value") or {}
-    if "." not in str(value.get("source")):
-        return
-    from bov_lightning.model.values import import_module_of
-
-    try:
-        import_module_of(str(value["source"]))
-    except UserError as error:
-        raise UserError(f"{origin}: {error}") from None
-
-
-def fill_vocab_size(settings: dict) -> dict:
-    """``settings`` with model.config.vocab_size taken from the data's tokenizer, if it is null.
-
-    A tokenizer that is still to be trained counts with the size that it is asked for.
-    """
-    config = (settings.get("model") or {}).get("config") or {}
-    data = settings.get("data")
-    if config.get("vocab_size") is not None or not isinstance(data, dict):
-        return settings
-    tokenizer = (data.get("init_args") or {}).get("tokenizer") or {}
-    if tokenizer.get("path"):
-        from data_modules.tokenizer import read_tokenizer
-
-        vocab_size = read_tokenizer(tokenizer["path"]).get_vocab_size()
-    else:
-        vocab_size = tokenizer.get("vocab_size")
-    return merge(settings, {"model": {"config": {"vocab_size": vocab_size}}})
-
-
-def build(cls: type, data: dict, origin: str, path: str = "") -> Any:
-    """A config dataclass from plain data whose keys are known; types are checked.
-
-    Every problem is a `UserError` that names ``origin`` and the key.
-    """
-    from jsonargparse import ArgumentParser, set_parsing_settings
-
-    # A class named below `data` is built by LightningCLI, which knows what it may be; not here.
-    set_parsing_settings(instantiate_subclass_spec_in_any=False)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, path or None)
-    try:
-        # A copy: jsonargparse turns parts of what it is given into its own types.
-        given = copy.deepcopy(data)
-        parsed = parser.parse_object({path: given} if path else given)
-        built = parser.instantiate(parsed)
-        return built[path] if path else cls(**vars(built))
-    except UserError as error:
-        raise UserError(f"{origin}: {error}") from None
-    except (ArgumentError, TypeError, ValueError) as error:
-        raise UserError(f"{origin}: {one_line(error)}") from None
-
-
-def one_line(error: Exception) -> str:
-    """The gist of one of jsonargparse's multi-line messages."""
-    if isinstance(error.__cause__, UserError):
-        return str(error.__cause__)
-    text = str(error)
-    key = re.search(r'key "([^"]+)"', text)
-    expected = re.findall(r"Expected an? (.+?)(?:\. Got|\n|$)", text)
-    value = re.search(r"(?:Given value|Got value): (.*)", text)
-    if not (key and expected and value):
-        return " ".join(text.split())
-    options = [re.sub(r"<class '(.+)'>|typing\.Literal", r"\1", option) for option in expected]
-    return f"{key[1]} is {value[1]!r}, but must be {' or '.join(options)}"

@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from bov_lightning.errors import UserError
-from bov_lightning.files import packaged_recipes
+from bov_lightning.recipe.overlays import packaged_recipes
 from bov_lightning.report.reading import Run, flatten, printable, section
 from bov_lightning.report.statistics import Estimate, difference, mean
 

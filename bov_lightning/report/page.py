@@ -9,7 +9,6 @@ from urllib.parse import quote
 import jinja2
 from markupsafe import Markup
 
-from bov_lightning import __version__
 from bov_lightning.files import write_file
 from bov_lightning.report import palette
 from bov_lightning.report.content import (
@@ -23,6 +22,7 @@ from bov_lightning.report.content import (
     table_csv,
     thinned,
 )
+from bov_lightning.version import __version__
 
 FOLDER = Path(__file__).parent
 

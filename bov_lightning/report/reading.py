@@ -19,10 +19,10 @@ import yaml
 
 from bov_lightning.checkpoint.directory import CONFIG, WEIGHTS, complete_checkpoints
 from bov_lightning.errors import UserError
+from bov_lightning.run.directory import EVAL, RunDirectory
 from evaluation.report import aggregate_metric, leaf_tasks, notes
-from evaluation.results import EVAL, read_results
+from evaluation.results import read_results
 
-FACTS, METRICS = "run.json", "metrics.csv"
 COLUMNS = ("tokens", "train_loss", "val_bpb", "train_seconds", "tokens_per_s", "mfu")
 COUNT_LIMIT = 2**62
 """What counts steps, tokens or FLOPs per token is below; products of two are finite."""
@@ -181,7 +181,9 @@ def _run_folders(path: Path) -> list[Path]:
     """The directory itself, or those inside that look like runs where it does not."""
 
     def is_run(folder: Path) -> bool:
-        return any((folder / name).exists() for name in (CONFIG, FACTS, METRICS, "checkpoints"))
+        run = RunDirectory(folder)
+        traces = (run.config, run.facts_file, run.metrics_file, folder / "checkpoints")
+        return any(trace.exists() for trace in traces)
 
     inside = [] if is_run(path) else sorted(p for p in path.iterdir() if p.is_dir() and is_run(p))
     return inside or [path]
@@ -211,12 +213,13 @@ def read_run(path: Path, name: str) -> Run:
     """A run directory; a `UserError` says why it cannot be used."""
     if not any(path.iterdir()):
         raise UserError("the directory is empty")
-    settings = _read_settings(path / CONFIG)
-    facts = _read_facts(path / FACTS)
+    run = RunDirectory(path)
+    settings = _read_settings(run.config)
+    facts = _read_facts(run.facts_file)
     batch = settings.get("batch.tokens")
     if not _is_count(batch):
         raise UserError(f"{CONFIG}: batch.tokens is {batch!r}, not a count")
-    metrics, notes = read_metrics(path / METRICS, batch)
+    metrics, notes = read_metrics(run.metrics_file, batch)
     return Run(path, name, settings, facts, metrics, notes)
 
 

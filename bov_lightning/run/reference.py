@@ -1,16 +1,13 @@
 """`run.reference`: another run, beside whose bits per byte those of this one are shown."""
 
-import csv
-import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bov_lightning.errors import UserError
-from bov_lightning.recipe.sections import read_yaml
+from bov_lightning.recipe.overlays import read_yaml
+from bov_lightning.run.directory import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -48,6 +45,7 @@ class Reference:
             validation_tokens: validation.tokens of this run.
         """
         self.directory, self.data, self.validation_tokens = directory, data, validation_tokens
+        self.run = RunDirectory(directory)
 
     def compare(self, tokens: int, val_bpb: float) -> Comparison:
         """``val_bpb``, measured after so many training tokens, against the reference's.
@@ -59,7 +57,7 @@ class Reference:
             if reason := self._other_text():
                 return Comparison(name, None, reason, is_final=True)
             points = self._points()
-        except (OSError, ValueError, KeyError, TypeError, csv.Error, UserError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             return Comparison(name, None, f"{self.directory} cannot be read ({error})")
         if not points:
             return Comparison(name, None, "it has no val_bpb yet")
@@ -71,23 +69,20 @@ class Reference:
 
     def _other_text(self) -> str:
         """What of the text behind its val_bpb differs; "" if nothing does."""
-        theirs: dict[str, Any] = json.loads((self.directory / "run.json").read_text())["data"]
+        theirs: dict[str, Any] = self.run.facts()["data"]
         for key, what in (("tokenizer", "tokenizer"), ("val_rows", "validation set")):
             if theirs[key] != self.data[key]:
                 return f"it has another {what}"
-        validation = read_yaml(self.directory / "config.yaml").get("validation") or {}
+        validation = read_yaml(self.run.config).get("validation") or {}
         if validation.get("tokens") != self.validation_tokens:
             return f"its validation.tokens is {validation.get('tokens')}"
         return ""
 
     def _points(self) -> list[tuple[float, float]]:
         """(training tokens, val_bpb) of its validations, in order."""
-        text = (self.directory / "metrics.csv").read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]  # a line that is being written is left out
-        rows = csv.DictReader(io.StringIO(whole))
         found = [
             (float(row["tokens"]), float(row["val_bpb"]))
-            for row in rows
-            if row.get("tokens") and row.get("val_bpb")
+            for row in self.run.metrics()
+            if "tokens" in row and "val_bpb" in row
         ]
         return sorted(found)

@@ -10,13 +10,14 @@ from torch import Tensor
 from bov_lightning.distributed.sharding import recompute_activations
 from bov_lightning.distributed.strategy import ShardedStrategy
 from bov_lightning.errors import UserError
-from bov_lightning.model.config import TransformerConfig
 from bov_lightning.model.transformer import Transformer
-from bov_lightning.optim.groups import OptimizerConfig, build_groups
+from bov_lightning.optim.groups import build_groups
 from bov_lightning.optim.muon_adamw import MuonAdamW
 from bov_lightning.optim.schedule import TrainingSchedule
-from bov_lightning.recipe.budget import BudgetConfig, horizon
+from bov_lightning.recipe.budget import horizon
+from bov_lightning.recipe.sections import Recipe
 from bov_lightning.training.fp8 import check_fp8_device, use_fp8
+from bov_lightning.training.internals import count_steps_in_micro_batches, trainer_of
 from evaluation.bits_per_byte import BitsPerByte
 
 
@@ -26,33 +27,11 @@ class BoVModule(pl.LightningModule):
     The DataModule must have ``vocab_size`` and ``token_bytes`` (UTF-8 bytes per token id).
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        optimizer: OptimizerConfig = OptimizerConfig(),
-        budget: BudgetConfig | None = None,
-        batch_tokens: int = 524288,
-        seed: int = 0,
-        compile: bool = False,
-        activation_checkpointing: bool = False,
-        fp8: bool = False,
-    ):
-        """
-        Args:
-            config: the network's shape.
-            optimizer: learning rates, weight decay, schedule.
-            budget: how long to train; not needed to validate.
-            batch_tokens: tokens per optimizer step; filled from batch.tokens.
-            seed: seed of the initialisation; filled from seed.
-            compile: compile each block; filled from compile.
-            activation_checkpointing: recompute activations; filled from activation_checkpointing.
-            fp8: multiply in fp8 in the blocks; filled from fp8.
-        """
+    def __init__(self, recipe: Recipe):
+        """``recipe``: what is trained; its budget is not needed to validate."""
         super().__init__()
-        self.config, self.optimizer_config, self.budget = config, optimizer, budget
-        self.batch_tokens, self.seed = batch_tokens, seed
-        self.compile_blocks, self.recompute_blocks = compile, activation_checkpointing
-        self.fp8 = fp8
+        self.recipe, self.config = recipe, recipe.model.config
+        self.batch_tokens = recipe.batch.tokens
         self.model: Transformer | None = None
         self.bits_per_byte = BitsPerByte()
         self.token_bytes: Tensor | None = None
@@ -62,11 +41,7 @@ class BoVModule(pl.LightningModule):
     @property
     def n_step(self) -> int:
         """Optimizer steps of the whole run."""
-        if self.budget is None:
-            raise UserError(
-                "model.budget is not set: give flops, tokens, tokens_per_param or steps"
-            )
-        return horizon(self.budget, self.config, self.batch_tokens)
+        return horizon(self.recipe.model.budget, self.config, self.batch_tokens)
 
     def setup(self, stage: str) -> None:
         """Checks that data and network speak of the same token ids."""
@@ -82,20 +57,21 @@ class BoVModule(pl.LightningModule):
         """Builds the network, once."""
         if self.model is not None:
             return
-        strategy = None if self._trainer is None else self.trainer.strategy
+        recipe, trainer = self.recipe, trainer_of(self)
+        strategy = None if trainer is None else trainer.strategy
         sharded = isinstance(strategy, ShardedStrategy)
         with torch.device("meta") if sharded else nullcontext():
-            self.model = Transformer(self.config, self.seed)
-        if self.fp8 and self._trainer is not None:
+            self.model = Transformer(self.config, recipe.seed)
+        if recipe.fp8 and trainer is not None:
             check_fp8_device(strategy.root_device)
             use_fp8(self.model)
-        if self.recompute_blocks:
+        if recipe.activation_checkpointing:
             recompute_activations(self.model)
-        if self.compile_blocks:
+        if recipe.compile:
             for block in self.model.blocks:
                 block.compile()
         if sharded:
-            strategy.build(self.model, self.seed)
+            strategy.build(self.model, recipe.seed)
 
     def training_step(self, rows: Tensor, batch_index: int) -> Tensor:
         """Mean loss in nats per token of rows (micro, T+1)."""
@@ -119,9 +95,10 @@ class BoVModule(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Muon and AdamW, under the paper's schedules."""
-        groups = build_groups(self.model, self.optimizer_config, self.config, self.batch_tokens)
+        settings = self.recipe.model.optimizer
+        groups = build_groups(self.model, settings, self.config, self.batch_tokens)
         optimizer = MuonAdamW(groups)
-        schedule = TrainingSchedule(optimizer, self.n_step, self.optimizer_config)
+        schedule = TrainingSchedule(optimizer, self.n_step, settings)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
@@ -129,10 +106,4 @@ class BoVModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Counts the finished steps in this run's micro-batches: accumulation may have changed."""
-        n_batch = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        for counts in (progress["total"], progress["current"]):
-            # The checkpoint was written in on_train_batch_end, before `completed` is counted.
-            behind = counts["ready"] - counts["completed"]
-            counts.update(ready=n_batch, started=n_batch, processed=n_batch)
-            counts["completed"] = n_batch - behind
+        count_steps_in_micro_batches(checkpoint, self.trainer.accumulate_grad_batches)

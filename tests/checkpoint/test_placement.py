@@ -9,11 +9,12 @@ import torch
 from variants import OVERLAYS, make_model, mostly_slow, perturb, token_ids
 
 import bov_lightning
-from bov_lightning.checkpoint.directory import write_checkpoint
+from bov_lightning.checkpoint.writing import config_yaml, write_checkpoint
 from bov_lightning.errors import UserError
-from bov_lightning.inference.generate import Decoding, Sampling, table_bytes
+from bov_lightning.inference.decoding import Decoding
+from bov_lightning.inference.generate import table_bytes
+from bov_lightning.inference.sampling import Sampling
 from bov_lightning.interop.hf_export import export
-from bov_lightning.interop.nanochat import config_yaml
 
 BANKS = [name for name, value in OVERLAYS.items() if value["source"] == "bank"]
 

@@ -257,7 +257,8 @@ def test_commands_import_only_what_they_need():
 
 
 def test_keys_lists_every_key_with_its_meaning(capsys):
-    from bov_lightning.recipe.sections import Recipe, known_keys
+    from bov_lightning.recipe.keys import known_keys
+    from bov_lightning.recipe.sections import Recipe
 
     assert main(["fit", "--keys"]) == 0
     out = capsys.readouterr().out

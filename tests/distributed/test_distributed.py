@@ -14,9 +14,13 @@ from runs import assert_same_end, fit, metrics
 
 from bov_lightning.checkpoint import directory as checkpoints
 from bov_lightning.checkpoint import writing as saving
-from bov_lightning.checkpoint.directory import OPTIMIZER, WEIGHTS, complete_checkpoints, read_whole
+from bov_lightning.checkpoint.directory import OPTIMIZER, WEIGHTS, complete_checkpoints
+from bov_lightning.checkpoint.reading import read_whole
+from bov_lightning.checkpoint.resuming import optimizer_state_of, random_state, restore, weights_of
+from bov_lightning.distributed.ranks import Ranks
 from bov_lightning.model.config import TransformerConfig, ValueConfig
-from bov_lightning.optim.groups import OptimizerConfig, build_groups
+from bov_lightning.optim.config import OptimizerConfig
+from bov_lightning.optim.groups import build_groups
 from bov_lightning.optim.muon_adamw import MuonAdamW
 
 # d_model 36 over 2 ranks is even, a padded vocabulary of 64 rows over 3 is not.
@@ -65,12 +69,12 @@ def objects(world: int) -> tuple:
     return model, MuonAdamW(build_groups(model, OptimizerConfig(), CONFIG, 0))
 
 
-def write(ranks: saving.Ranks, run: Path, model, optimizer, step: int) -> None:
+def write(ranks: Ranks, run: Path, model, optimizer, step: int) -> None:
     writer = saving.CheckpointWriter(run, "model: {}", ranks)
-    state = saving.optimizer_state_of(model, optimizer)
-    state |= saving.random_state(ranks.rank, torch.device("cpu"))
+    state = optimizer_state_of(model, optimizer)
+    state |= random_state(ranks.rank, torch.device("cpu"))
     rest = {"global_step": step}
-    writer.start(step, saving.weights_of(model), state, rest, lambda: None)
+    writer.start(step, weights_of(model), state, rest, lambda: None)
     # The copy is what counts: what training does meanwhile must not show.
     for parameter in model.parameters():
         parameter.data.mul_(2)
@@ -92,14 +96,14 @@ def read_and_write(rank: int, world: int, run: Path, copy: Path) -> None:
     for parameter in model.parameters():
         parameter.data.fill_(7)
     ranks = ranks_of(world)
-    path, rest, messages = saving.restore(run, model, optimizer, ranks, torch.device("cpu"))
+    path, rest, messages = restore(run, model, optimizer, ranks, torch.device("cpu"))
     assert rest == {"global_step": 2}
     assert messages == [f"resuming {run} from step 2 ({path})"]
     write(ranks, copy, model, optimizer, 2)
 
 
-def ranks_of(world: int) -> saving.Ranks:
-    return saving.Ranks(torch.distributed.new_group(backend="gloo") if world > 1 else None)
+def ranks_of(world: int) -> Ranks:
+    return Ranks(torch.distributed.new_group(backend="gloo") if world > 1 else None)
 
 
 def run_in(world: int, work, *arguments) -> None:

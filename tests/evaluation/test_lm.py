@@ -9,10 +9,10 @@ from lm_eval.api.instance import Instance
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 from variants import make_model, perturb
 
+from bov_lightning.errors import EvaluationInterruptedError
 from bov_lightning.model.config import ValueConfig
 from evaluation.backends import HuggingFaceBackend, TransformerBackend
 from evaluation.lm import BatchedLM
-from evaluation.ranks import EvaluationInterruptedError
 from evaluation.runner import Runtime, load_tasks, run
 
 VALUES = {

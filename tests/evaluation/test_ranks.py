@@ -10,11 +10,11 @@ from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedTokenizerFast
 from variants import make_model, perturb
 
+from bov_lightning.distributed.ranks import Ranks
 from bov_lightning.distributed.sharding import make_mesh, shard
-from bov_lightning.errors import UserError
+from bov_lightning.errors import EvaluationInterruptedError, RankFailedError, UserError
 from bov_lightning.model.config import ValueConfig
 from evaluation.backends import HuggingFaceBackend, TransformerBackend
-from evaluation.ranks import EvaluationFailedError, EvaluationInterruptedError, Ranks
 from evaluation.runner import Benchmarks, Runtime, run
 
 pytestmark = pytest.mark.distributed
@@ -76,7 +76,7 @@ def fail(rank: int, world: int, kind: str, how: str, benchmarks: Benchmarks, tok
     try:
         runtime = Runtime(budget=100, should_stop=stop)
         run(model, Failing(model), tokenizer, benchmarks, runtime)
-    except (EvaluationFailedError, EvaluationInterruptedError, UserError, RuntimeError) as error:
+    except (RankFailedError, EvaluationInterruptedError, UserError, RuntimeError) as error:
         return {"kind": type(error).__name__, "message": str(error), "calls": len(calls)}
     return {}
 
@@ -130,7 +130,7 @@ def test_more_ranks_than_rows(tmp_path, tokenizer, benchmarks):
 
 @pytest.mark.parametrize(
     ("how", "kinds"),
-    [("fails", ["EvaluationFailedError", "RuntimeError"]),
+    [("fails", ["RankFailedError", "RuntimeError"]),
      ("stops", ["EvaluationInterruptedError"] * 2), ("data", ["UserError"] * 2)],
 )  # fmt: skip
 def test_what_happens_on_one_rank_ends_all(how, kinds, tmp_path, tokenizer, benchmarks):
@@ -151,7 +151,7 @@ def test_generation_and_rolling_likelihood_on_sharded_ranks(tmp_path, tokenizer,
 
 
 def test_a_single_process_needs_no_agreement():
-    ranks = Ranks()
+    ranks = Ranks.of_job()
     assert (ranks.rank, ranks.size, ranks.maximum([1.5]), ranks.gather(3)) == (0, 1, [1.5], [3])
     with pytest.raises(KeyError):
         ranks.together(lambda: {}["missing"])

@@ -6,7 +6,7 @@ import torch
 from evaluation_material import VOCAB_SIZE, make_llama
 from variants import make_model, perturb
 
-from bov_lightning.checkpoint.directory import write_checkpoint
+from bov_lightning.checkpoint.writing import write_checkpoint
 from bov_lightning.cli import main
 from bov_lightning.model.config import ValueConfig
 from evaluation import report

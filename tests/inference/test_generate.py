@@ -8,11 +8,11 @@ import pytest
 import torch
 from variants import OVERLAYS, make_model, perturb
 
-from bov_lightning.checkpoint.directory import write_checkpoint
+from bov_lightning.checkpoint.writing import config_yaml, write_checkpoint
 from bov_lightning.cli import main
 from bov_lightning.errors import UserError
-from bov_lightning.inference.generate import Decoding, Sampling, TextStream, choose
-from bov_lightning.interop.nanochat import config_yaml
+from bov_lightning.inference.decoding import Decoding, TextStream
+from bov_lightning.inference.sampling import Sampling, choose
 from data_modules.tokenizer import TokenizerConfig, save_tokenizer, train_tokenizer
 
 TEXT = "import json\nfrom pathlib import Path\n\ndef read(self, path):\n    return path\nµ→é\n"
@@ -104,7 +104,7 @@ def test_top_k_and_top_p_choose_among_the_likeliest():
 
 
 def test_a_stop_string_across_tokens_is_never_shown(checkpoint):
-    from bov_lightning.checkpoint.directory import load_tokenizer
+    from bov_lightning.checkpoint.reading import load_tokenizer
 
     tokenizer = load_tokenizer(checkpoint)
     ids = tokenizer.encode("return path µ→é END of it", add_special_tokens=False)

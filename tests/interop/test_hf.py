@@ -13,12 +13,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from variants import OVERLAYS, make_model, mostly_slow, perturb, token_ids
 
 import bov_lightning
-from bov_lightning.checkpoint.directory import MARKER, read_weights, write_checkpoint
+from bov_lightning.checkpoint.directory import MARKER
+from bov_lightning.checkpoint.reading import read_weights
+from bov_lightning.checkpoint.writing import config_yaml, write_checkpoint
 from bov_lightning.cli import main
-from bov_lightning.inference.generate import Decoding, Sampling
-from bov_lightning.interop.hf_export import export, import_hf, modelling_source
+from bov_lightning.inference.decoding import Decoding
+from bov_lightning.inference.sampling import Sampling
+from bov_lightning.interop.hf_export import export
+from bov_lightning.interop.hf_import import import_hf
 from bov_lightning.interop.hf_model import BoVCache, BoVForCausalLM
-from bov_lightning.interop.nanochat import config_yaml
+from bov_lightning.interop.hf_source import modelling_source
 from data_modules.tokenizer import TokenizerConfig, save_tokenizer, train_tokenizer
 
 TEXT = "import json\nfrom pathlib import Path\n\ndef read(self, path):\n    return path\n"

@@ -10,18 +10,14 @@ from runs import fit
 from variants import OVERLAYS, make_model, perturb, token_ids
 
 import bov_lightning
-from bov_lightning.checkpoint.directory import (
-    CONFIG,
-    find_checkpoint,
-    write_checkpoint,
-    write_marker,
-)
+from bov_lightning.checkpoint.directory import CONFIG, find_checkpoint, write_marker
+from bov_lightning.checkpoint.writing import config_yaml, write_checkpoint
 from bov_lightning.cli import main
 from bov_lightning.errors import UserError
 from bov_lightning.interop.hf_export import export
-from bov_lightning.interop.nanochat import config_yaml
 from bov_lightning.model.config import ValueConfig
-from bov_lightning.model.values import BankOfValues, class_path
+from bov_lightning.model.lookup import class_path
+from bov_lightning.model.values import BankOfValues
 
 SOURCE = '''
 """Values of somebody's own."""

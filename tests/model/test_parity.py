@@ -7,9 +7,10 @@ import torch
 from parity import NAMES, ParityRow
 
 from bov_lightning.interop.nanochat import convert_name
-from bov_lightning.optim.groups import OptimizerConfig, build_groups
+from bov_lightning.model.counting import flops_per_token
+from bov_lightning.optim.config import OptimizerConfig
+from bov_lightning.optim.groups import build_groups
 from bov_lightning.optim.muon_adamw import MuonAdamW
-from bov_lightning.recipe.budget import flops_per_token
 
 ROUNDING = 1e-9
 """Gradients are sums of terms of about 1e-3 in fp32: below this they are rounding."""

@@ -8,9 +8,9 @@ from variants import OVERLAYS, PAPER, SMALL, make_model, perturb, token_ids
 
 from bov_lightning.errors import UserError
 from bov_lightning.model.config import TransformerConfig, ValueConfig
+from bov_lightning.model.counting import meta_model
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.model.values import ValueInputs
-from bov_lightning.recipe.budget import meta_model
 
 
 @pytest.mark.parametrize("layers", ["last_third", "every", [1, 4]])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bov_lightning.optim.groups import OptimizerConfig
+from bov_lightning.optim.config import OptimizerConfig
 from bov_lightning.optim.muon_adamw import MuonAdamW
 from bov_lightning.optim.schedule import (
     TrainingSchedule,

@@ -11,7 +11,8 @@ from bov_lightning.distributed.strategy import make_mesh, shard, write_part
 from bov_lightning.model.config import TransformerConfig, ValueConfig
 from bov_lightning.model.layers import Initialiser
 from bov_lightning.model.transformer import Transformer
-from bov_lightning.optim.groups import OptimizerConfig, build_groups
+from bov_lightning.optim.config import OptimizerConfig
+from bov_lightning.optim.groups import build_groups
 from bov_lightning.optim.muon_adamw import MuonAdamW
 
 N_STEP = 4

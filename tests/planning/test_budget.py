@@ -4,15 +4,13 @@ import pytest
 
 from bov_lightning.errors import UserError
 from bov_lightning.model.config import TransformerConfig, ValueConfig
+from bov_lightning.model.counting import scaling_parameters
 from bov_lightning.model.transformer import Transformer
-from bov_lightning.optim.groups import OptimizerConfig, scaled
-from bov_lightning.recipe.budget import (
-    BudgetConfig,
-    accumulation,
-    horizon,
-    make_plan,
-    scaling_parameters,
-)
+from bov_lightning.optim.config import OptimizerConfig
+from bov_lightning.optim.groups import scaled
+from bov_lightning.planning.cost import make_plan
+from bov_lightning.recipe.budget import accumulation, horizon
+from bov_lightning.recipe.sections import BudgetConfig
 
 SIZES = {
     "135m": ({"n_layer": 12, "n_head": 6, "n_kv_head": 6, "d_model": 768}, 1.5e18, 2**19),

@@ -12,13 +12,17 @@ import pytest
 import torch
 
 from bov_lightning.cli import main
+from bov_lightning.distributed.layout import Layout, read_layout
 from bov_lightning.errors import UserError
 from bov_lightning.model.attention import _band_mask, _window_mask
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.planning import memory
-from bov_lightning.planning.memory import KINDS, Layout, parse_bytes, plan_memory, read_layout
+from bov_lightning.planning.devices import parse_bytes
+from bov_lightning.planning.memory import KINDS, plan_memory
 from bov_lightning.recipe.budget import accumulation
-from bov_lightning.recipe.sections import Recipe, build, merge
+from bov_lightning.recipe.building import build
+from bov_lightning.recipe.overlays import merge
+from bov_lightning.recipe.sections import Recipe
 
 # Nothing divides by 3, and a padded vocabulary of 1,024 rows is the most of it.
 SETTINGS = {
@@ -142,7 +146,7 @@ def test_accumulation_keeps_gradients_through_the_forward_pass():
 def test_value_variants_have_a_plan(accelerator):
     from variants import OUTSIDE, PAPER, PATHS
 
-    from bov_lightning.recipe.sections import read_yaml
+    from bov_lightning.recipe.overlays import read_yaml
 
     for path in (*PAPER[::5], *(PATHS[name] for name in OUTSIDE)):
         found = plan(read_yaml(path), trainer(accelerator=accelerator), world=2)

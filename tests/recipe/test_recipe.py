@@ -10,17 +10,12 @@ from hypothesis import strategies as st
 from variants import PATHS
 
 from bov_lightning.cli import main
-from bov_lightning.cli.commands import _read_recipe, _recipe_parser
+from bov_lightning.cli.options import read_given, recipe_parser
 from bov_lightning.errors import UserError
-from bov_lightning.recipe.budget import meta_model
-from bov_lightning.recipe.sections import (
-    Recipe,
-    check_keys,
-    known_keys,
-    merge,
-    nearest,
-    parse_options,
-)
+from bov_lightning.model.counting import meta_model
+from bov_lightning.recipe.keys import check_keys, known_keys, nearest
+from bov_lightning.recipe.overlays import merge, parse_options
+from bov_lightning.recipe.sections import Recipe
 
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
 
@@ -35,9 +30,9 @@ mappings = st.dictionaries(st.sampled_from("abcd"), plain_data, max_size=4)
 
 
 def read_recipe(path, *options):
-    """As a command line gives it: (typed recipe, plain data, its name for messages)."""
-    known, others = _recipe_parser("fit", "").parse_known_args(["--config", str(path), *options])
-    return _read_recipe(known, others)
+    """As a command line gives it."""
+    known, others = recipe_parser("fit", "").parse_known_args(["--config", str(path), *options])
+    return read_given(known, others)
 
 
 @given(mappings, mappings, mappings)
@@ -120,18 +115,19 @@ def test_vocabulary_is_filled_from_the_tokenizer(tmp_path):
     from data_modules.tokenizer import TokenizerConfig, save_tokenizer, train_tokenizer
 
     null = ["--model.config.vocab_size", "null"]
-    recipe, _, _ = read_recipe("quickstart", *null)
+    recipe = read_recipe("quickstart", *null).recipe
     assert recipe.model.config.vocab_size == 4096
     save_tokenizer(train_tokenizer(["some text"] * 9, TokenizerConfig(vocab_size=260)), tmp_path)
     brought = ["--data.init_args.tokenizer.path", str(tmp_path)]
-    recipe, _, _ = read_recipe("quickstart", *null, *brought)
+    recipe = read_recipe("quickstart", *null, *brought).recipe
     assert recipe.model.config.vocab_size == 260
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("overlay", [None, *PATHS.values()], ids=lambda path: path and path.stem)
 def test_every_recipe_builds_with_every_overlay(path, overlay):
-    recipe, settings, _ = read_recipe(path, *(["--config", str(overlay)] if overlay else []))
+    found = read_recipe(path, *(["--config", str(overlay)] if overlay else []))
+    recipe, settings = found.recipe, found.plain
     assert recipe.run.name == (f"{path.stem}-{overlay.stem}" if overlay else path.stem)
     assert meta_model(recipe.model.config).flops_per_token() > 0
     if overlay:
@@ -141,7 +137,7 @@ def test_every_recipe_builds_with_every_overlay(path, overlay):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_are_whole_in_one_file(path):
-    """Every field of every section is there, and every line that sets something has its reason."""
+    """Every field of every section is there."""
     data = yaml.safe_load(path.read_text())
     for key in known_keys(Recipe):
         value = data
@@ -176,7 +172,7 @@ def test_shrunken_copy_of_every_recipe_trains_two_steps(path, tiny_settings, wor
 
 def test_data_names_text_files_or_is_the_section_itself():
     files = ["--data", "a-*.txt", "--data", "c.txt", "--val-data", "b.txt"]
-    _, settings, _ = read_recipe("nano", *files)
+    settings = read_recipe("nano", *files).plain
     arguments = settings["data"]["init_args"]
     assert arguments["source"] == {
         "class_path": "data_modules.TextFiles",
@@ -184,11 +180,11 @@ def test_data_names_text_files_or_is_the_section_itself():
     }
     assert arguments["tokenizer"] == {"vocab_size": 4096}
     # Text of its own is prepared in a directory of its own.
-    _, others, _ = read_recipe("nano", "--data", "c.txt", "--val-data", "b.txt")
+    others = read_recipe("nano", "--data", "c.txt", "--val-data", "b.txt").plain
     directories = {s["data"]["init_args"]["directory"] for s in (settings, others)}
     assert len(directories - {"data/nano"}) == 2
 
-    _, settings, _ = read_recipe("nano", "--data", "{class_path: data_modules.Other}")
+    settings = read_recipe("nano", "--data", "{class_path: data_modules.Other}").plain
     assert settings["data"] == {"class_path": "data_modules.Other"}
 
     with pytest.raises(UserError, match="--data and --val-data go together"):

@@ -14,8 +14,8 @@ from report_material import SHAPE, VALUES, read_csv, value_section, write_evalua
 
 from bov_lightning.cli import main
 from bov_lightning.model.config import TransformerConfig, ValueConfig
+from bov_lightning.model.counting import with_standard_values
 from bov_lightning.planning.decoding import meta_cache
-from bov_lightning.recipe.budget import with_standard_values
 from bov_lightning.report import write_report
 from bov_lightning.report.content import Plot, Series, thinned
 from bov_lightning.report.published import _published

@@ -14,13 +14,8 @@ from report_material import VALUES, value_section, write_run
 from safetensors.torch import save_file
 from variants import make_model, mostly_slow, perturb
 
-from bov_lightning.checkpoint.directory import (
-    CONFIG,
-    WEIGHTS,
-    file_facts,
-    write_checkpoint,
-    write_marker,
-)
+from bov_lightning.checkpoint.directory import CONFIG, WEIGHTS, file_facts, write_marker
+from bov_lightning.checkpoint.writing import write_checkpoint
 from bov_lightning.errors import UserError
 from bov_lightning.report import write_report
 from bov_lightning.report.reading import read_run, read_runs

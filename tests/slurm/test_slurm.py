@@ -16,7 +16,8 @@ import yaml
 from conftest import require
 from slurm.cluster import Cluster, missing_programs, wait_until
 
-from bov_lightning.checkpoint.directory import OPTIMIZER, complete_checkpoints, read_whole, step_of
+from bov_lightning.checkpoint.directory import OPTIMIZER, complete_checkpoints, step_of
+from bov_lightning.checkpoint.reading import read_whole
 from bov_lightning.cli import main
 
 pytestmark = pytest.mark.slurm

@@ -6,7 +6,8 @@ from variants import OVERLAYS, make_model, perturb, token_ids
 
 from bov_lightning.cli import main
 from bov_lightning.errors import UserError
-from bov_lightning.optim.groups import OptimizerConfig, build_groups
+from bov_lightning.optim.config import OptimizerConfig
+from bov_lightning.optim.groups import build_groups
 from bov_lightning.optim.muon_adamw import MuonAdamW
 from bov_lightning.training.fp8 import check_fp8_device, use_fp8
 

@@ -24,17 +24,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from bov_lightning.cli import main
-from bov_lightning.recipe.sections import merge
+from bov_lightning.recipe.overlays import merge
 from bov_lightning.run.reference import Reference, find_reference
-from bov_lightning.training.live_view import (
-    LABEL_COLUMNS,
-    SPARKS,
-    History,
-    RunView,
-    Status,
-    can_be_live,
-    sparkline,
-)
+from bov_lightning.run.status import History, Status
+from bov_lightning.training.live_view import LABEL_COLUMNS, SPARKS, RunView, can_be_live, sparkline
 
 DATA = {"tokenizer": "t", "val_rows": "v", "source": "s"}
 

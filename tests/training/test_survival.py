@@ -19,10 +19,10 @@ from bov_lightning.checkpoint.directory import (
     file_facts,
     list_files,
     problem,
-    read_weights,
     step_of,
     write_marker,
 )
+from bov_lightning.checkpoint.reading import read_weights
 from bov_lightning.cli import main
 
 
@@ -239,9 +239,9 @@ def test_a_loss_that_stands_out_is_reported_once(tiny_recipe, capsys):
     from types import SimpleNamespace
 
     from bov_lightning.recipe.sections import GuardConfig
-    from bov_lightning.training.callbacks.guard import Control
+    from bov_lightning.training.callbacks.guard import LossGuard
 
-    control = Control(GuardConfig())
+    guard = LossGuard(GuardConfig())
     optimizer = SimpleNamespace(n_skipped=0, n_skipped_in_row=0, gradient_norm=1.0)
     noise = random.Random(0)
     losses = [3 + noise.gauss(0, 0.1) for _ in range(300)]
@@ -251,7 +251,7 @@ def test_a_loss_that_stands_out_is_reported_once(tiny_recipe, capsys):
             global_step=step, optimizers=[optimizer], is_global_zero=True,
             strategy=SimpleNamespace(agree=lambda own: (own, 0)),
         )  # fmt: skip
-        control.on_train_batch_end(trainer, SimpleNamespace(train_loss=loss), None, None, 0)
-    assert control.n_spike == 1
+        guard.on_train_batch_end(trainer, SimpleNamespace(train_loss=loss), None, None, 0)
+    assert guard.n_spike == 1
     assert "the loss at step 251 is 13.0000" in capsys.readouterr().err
-    assert control.mean == pytest.approx(3, abs=0.05)
+    assert guard.mean == pytest.approx(3, abs=0.05)

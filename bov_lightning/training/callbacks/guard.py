@@ -10,7 +10,7 @@ from bov_lightning.errors import UserError
 from bov_lightning.recipe.sections import GuardConfig
 
 
-class Control(Callback):
+class LossGuard(Callback):
     """Agrees with the other ranks once per optimizer step, and guards the loss.
 
     Attributes:
@@ -21,6 +21,8 @@ class Control(Callback):
         n_skipped_in_row: how many of them were the last ones.
     """
 
+    state_key = "Control"
+    """By which training.pt of all versions keeps what the guard has learned."""
     kept = ("n_spike", "n_skipped", "n_skipped_in_row", "n_seen", "mean", "variance")
     memory = 100
     """Steps over which mean and deviation of the loss are taken, with exponential weights."""
@@ -45,7 +47,7 @@ class Control(Callback):
         optimizer.n_skipped, optimizer.n_skipped_in_row = self.n_skipped, self.n_skipped_in_row
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
-        """Runs before all other callbacks of this project."""
+        """Agrees, and looks at the loss, when a step has just been taken."""
         if trainer.global_step == self.step:
             return
         self.step = trainer.global_step
@@ -94,6 +96,6 @@ class Control(Callback):
             say(text)
 
 
-def control_of(trainer: Trainer) -> Control:
-    """The trainer's `Control`."""
-    return next(callback for callback in trainer.callbacks if isinstance(callback, Control))
+def guard_of(trainer: Trainer) -> LossGuard:
+    """The trainer's `LossGuard`."""
+    return next(callback for callback in trainer.callbacks if isinstance(callback, LossGuard))

@@ -41,7 +41,7 @@ class Watchdog(Callback):
         self.note(f"step {trainer.global_step + 1}: forward and backward")
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
-        """Runs first of all callbacks, before the ranks wait for each other."""
+        """The step is done, and nobody has waited for the others yet."""
         self.note(f"step {trainer.global_step + 1}: waiting for data")
 
     def on_validation_batch_start(self, trainer, module, batch, batch_index, *arguments) -> None:

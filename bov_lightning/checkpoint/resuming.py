@@ -1,0 +1,122 @@
+"""What a run resumes from: weights, optimizer and random states by name, restored on all ranks."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bov_lightning.checkpoint import directory as checkpoints
+from bov_lightning.checkpoint.reading import read_tensors, read_training_state, stored_tensors
+from bov_lightning.distributed.ranks import Ranks
+from bov_lightning.errors import UserError
+
+State = dict[str, Tensor]
+
+
+def weights_of(model: nn.Module) -> State:
+    """The parameters by their name in `Transformer`; DTensors where they are sharded."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def optimizer_state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+    """The optimizer's state by parameter name and kind: ``blocks.0.mlp.input.weight.momentum``."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}.{kind}": value
+        for parameter, values in optimizer.state.items()
+        for kind, value in values.items()
+    }
+
+
+def random_state(rank: int, device: torch.device) -> State:
+    """The states of this process's random generators."""
+    _, words, _ = random.getstate()
+    _, keys, position, *_ = np.random.get_state()
+    state = {
+        "python": torch.tensor(words, dtype=torch.int64),
+        "numpy": torch.tensor([*keys.tolist(), position], dtype=torch.int64),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return {f"random.{rank}.{kind}": value for kind, value in state.items()}
+
+
+def set_random_state(state: State, rank: int, device: torch.device) -> None:
+    """Continues where `random_state` was taken."""
+    own = {kind: state[f"random.{rank}.{kind}"] for kind in ("python", "numpy", "torch")}
+    random.setstate((3, tuple(own["python"].tolist()), None))
+    keys, position = own["numpy"][:-1].tolist(), int(own["numpy"][-1])
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position))
+    torch.set_rng_state(own["torch"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[f"random.{rank}.cuda"], device)
+
+
+def restore(
+    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks,
+    device: torch.device,
+) -> tuple[Path | None, dict[str, Any], list[str]]:  # fmt: skip
+    """Fills model and optimizer from the newest checkpoint that is complete and readable.
+
+    All ranks call this together. Rank 0 says which checkpoints there are, since file systems of
+    clusters do not show all ranks the same at once.
+
+    Returns:
+        The checkpoint (None: there is none, and nothing was changed), what else was stored in it,
+        and messages about what was taken and what was not.
+
+    Raises:
+        UserError: there were complete checkpoints, but none can be used any more.
+    """
+    found = ranks.on_first(
+        lambda: [(path, checkpoints.problem(path)) for path in checkpoints.step_directories(run)]
+    )
+    messages, was_complete = [], False
+    for path, reason in reversed(found):
+        was_complete = was_complete or (path / checkpoints.MARKER).exists()
+        if reason is None:
+            try:
+                rest = _restore_from(path, model, optimizer, ranks, device)
+            except UserError as error:
+                reason = str(error)
+            else:
+                messages.append(f"resuming {run} from step {rest['global_step']} ({path})")
+                return path, rest, messages
+        messages.append(f"skipped {path}: {reason}")
+    if was_complete:
+        raise UserError(
+            f"no checkpoint of {run} can be used ({'; '.join(messages)}): put one back, or start "
+            "afresh with --resume never"
+        )
+    return None, {}, messages
+
+
+def _restore_from(
+    checkpoint: Path, model: nn.Module, optimizer: Any, ranks: Ranks, device: torch.device
+) -> dict[str, Any]:
+    """Every rank checks and reads its part; what one of them cannot read is an error on all."""
+
+    def check() -> None:
+        if damage := checkpoints.damaged_file(checkpoint, ranks.rank, ranks.size):
+            raise UserError(damage)
+
+    def read() -> dict[str, Any]:
+        options, folder = ranks.dcp_options, checkpoint / checkpoints.OPTIMIZER
+        read_tensors(checkpoint / checkpoints.WEIGHTS, weights_of(model), **options)
+        optimizer.create_state()
+        state = optimizer_state_of(model, optimizer)
+        random = random_state(ranks.rank, device)
+        # Another number of ranks, or another device, has no use for the stored states.
+        stored = set(stored_tensors(folder))
+        same_ranks = set(random) <= stored and f"random.{ranks.size}.torch" not in stored
+        read_tensors(folder, state | random if same_ranks else state, **options)
+        if same_ranks:
+            set_random_state(random, ranks.rank, device)
+        return read_training_state(checkpoint)
+
+    ranks.together(check)
+    return ranks.together(read)

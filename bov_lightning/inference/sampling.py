@@ -1,0 +1,56 @@
+"""How the next token is chosen."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from bov_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen, and when a text ends."""
+
+    max_new_tokens: int = 100
+    """Tokens to add at most."""
+    temperature: float = 0.8
+    """Divides the logits; 0: always the likeliest token."""
+    top_k: int | None = None
+    """Choose among the k likeliest only; None: all."""
+    top_p: float | None = None
+    """Choose among the likeliest that together have this probability; None: all."""
+    seed: int = 0
+    """Seed of the first text; the next one's is one more."""
+    stop: tuple[str, ...] = ()
+    """A text ends before the first of these."""
+
+    def __post_init__(self):
+        no_choice = self.top_k is not None and self.top_k < 1
+        if self.max_new_tokens < 1 or self.temperature < 0 or no_choice:
+            raise UserError("--max-new-tokens and --top-k are at least 1, --temperature at least 0")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p is {self.top_p}: above 0, at most 1")
+        if "" in self.stop:
+            raise UserError("--stop is empty: give the text to stop at")
+
+
+def choose(logits_V: "Tensor", sampling: Sampling, generator: "torch.Generator") -> int:
+    """The next token of one row, from its fp32 logits on the CPU."""
+    import torch
+
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    if sampling.top_k is not None:
+        kept = logits_V.topk(min(sampling.top_k, len(logits_V)))
+        logits_V = torch.full_like(logits_V, -torch.inf).scatter(0, kept.indices, kept.values)
+    probability = torch.softmax(logits_V / sampling.temperature, dim=-1)
+    if sampling.top_p is not None:
+        ordered, index = probability.sort(descending=True)
+        beyond = ordered.cumsum(0) - ordered >= sampling.top_p
+        probability = torch.zeros_like(probability).scatter(
+            0, index, ordered.masked_fill(beyond, 0)
+        )
+    return int(torch.multinomial(probability, 1, generator=generator))

@@ -1,0 +1,106 @@
+"""Reads exports, as `transformers` may have saved them again; runs none of their code."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from bov_lightning.checkpoint.placement import place
+from bov_lightning.checkpoint.reading import load_weights
+from bov_lightning.checkpoint.writing import config_yaml, write_checkpoint
+from bov_lightning.errors import UserError
+from bov_lightning.files import refuse_filled
+from bov_lightning.interop.hf_model import BoVConfig, BoVForCausalLM
+from bov_lightning.model.config import TransformerConfig
+from bov_lightning.model.counting import meta_model
+from bov_lightning.model.transformer import Transformer
+
+
+def is_export(directory: Path) -> bool:
+    """Whether a directory is a `transformers` export of ours: see `interop.hf_export`."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == "bov"
+
+
+WEIGHTS = "model.safetensors"
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of an export; `transformers` may have saved several."""
+    files = sorted(directory.glob("model*.safetensors"))
+    if not files:
+        raise UserError(f"{directory} holds no {WEIGHTS}")
+    return files
+
+
+def read_export(directory: Path) -> tuple[BoVConfig, dict[str, Tensor]]:
+    """Configuration and weights of an export, by our names; runs none of its code."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        shape = BoVConfig(**json.loads((directory / "config.json").read_text()))
+        shape.transformer_config()
+    except UserError as error:
+        raise UserError(f"{directory / 'config.json'}: {error}") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{directory / 'config.json'} cannot be read: {error}") from error
+    weights: dict[str, Tensor] = {}
+    for file in weight_files(directory):
+        try:
+            found = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} cannot be read: {error}") from error
+        weights |= {name.removeprefix("model."): tensor for name, tensor in found.items()}
+    return shape, weights
+
+
+def load_export(
+    directory: Path, device: str | torch.device, dtype: torch.dtype, bank_device: str | None = None
+) -> tuple[Transformer, Any]:
+    """The model of an export, in eval mode, and its tokenizer or None; see `bov_lightning.load`."""
+    shape, weights = read_export(directory)
+    model = meta_model(shape.transformer_config())
+    load_weights(model, weights, directory)
+    place(model, device, dtype, bank_device, weight_files(directory), "model.")
+    tokenizer = None
+    if (directory / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    return model.eval(), tokenizer
+
+
+def import_hf(directory: Path, output: Path) -> TransformerConfig:
+    """Writes an export, as `transformers` may have saved it again, as a checkpoint of ours."""
+    if not is_export(directory):
+        raise UserError(f"{directory} is no export: its config.json names no model_type bov")
+    refuse_filled(output)
+    stored, weights = read_export(directory)
+    shape = stored.transformer_config()
+    load_weights(meta_model(shape), weights, directory)
+    weights = {name: tensor.float() for name, tensor in weights.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = None
+        if (directory / "tokenizer.json").is_file():
+            tokenizer = Path(folder)
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                if (directory / name).is_file():
+                    shutil.copyfile(directory / name, tokenizer / name)
+        step = int(getattr(stored, "training_step", 0))
+        write_checkpoint(output, step, weights, config_yaml(shape), tokenizer=tokenizer)
+    return shape
+
+
+def register() -> None:
+    """Has `AutoModelForCausalLM.from_pretrained` read exports without remote code."""
+    AutoConfig.register(BoVConfig.model_type, BoVConfig, exist_ok=True)
+    AutoModelForCausalLM.register(BoVConfig, BoVForCausalLM, exist_ok=True)

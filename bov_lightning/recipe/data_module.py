@@ -1,0 +1,67 @@
+"""The DataModule of a recipe: its class, checked, and what the other sections fill in."""
+
+import copy
+import inspect
+import operator
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from bov_lightning.errors import UserError
+from bov_lightning.recipe.building import user_errors
+from bov_lightning.recipe.given import Given
+from bov_lightning.recipe.keys import unknown_key
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule
+
+DATA_LINKS = {
+    "data.init_args.sequence_len": "model.config.sequence_len",
+    "data.init_args.micro": "batch.micro",
+    "data.init_args.seed": "seed",
+    "data.init_args.validation_tokens": "validation.tokens",
+}
+"""Arguments of every DataModule, and the keys of the recipe that fill them in."""
+
+
+def check_class(section: dict, where: str, origin: str) -> None:
+    """Names the nearest argument for an unknown one of ``section``'s class, if it can be found."""
+    path, arguments = section.get("class_path"), section.get("init_args") or {}
+    module_name, _, class_name = str(path).rpartition(".")
+    try:
+        known = inspect.signature(getattr(import_module(module_name), class_name)).parameters
+    except (ImportError, ValueError, AttributeError, TypeError):
+        raise UserError(f"{origin}: {where}.class_path {path} cannot be imported") from None
+    for name, value in arguments.items():
+        here = f"{where}.init_args.{name}"
+        if name not in known:
+            options = [f"{where}.init_args.{option}" for option in known]
+            raise unknown_key(here, options, origin)
+        if isinstance(value, dict) and "class_path" in value:
+            check_class(value, here, origin)
+
+
+def data_section(given: Given) -> dict[str, Any]:
+    """The recipe's data section; one that is missing, or has unknown keys, is a `UserError`."""
+    if not given.plain.get("data"):
+        raise given.error("the recipe has no data section")
+    check_class(given.plain["data"], "data", given.origin)
+    return given.plain["data"]
+
+
+def build_data(given: Given) -> "LightningDataModule":
+    """The recipe's DataModule alone, with what the other sections fill in."""
+    # Lightning takes seconds, which commands that build no data need not pay.
+    from jsonargparse import ArgumentParser
+    from lightning.pytorch import LightningDataModule
+
+    section = copy.deepcopy(data_section(given))
+    filled = {
+        target.rpartition(".")[2]: operator.attrgetter(source)(given.recipe)
+        for target, source in DATA_LINKS.items()
+    }
+    arguments = {**(section.get("init_args") or {}), **filled}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningDataModule, "data")
+    with user_errors(given.origin):
+        parsed = parser.parse_object({"data": {**section, "init_args": arguments}})
+        return parser.instantiate(parsed).data

@@ -1,0 +1,63 @@
+"""Which keys a recipe has, and which one was probably meant."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any
+
+from bov_lightning.errors import UserError
+from bov_lightning.recipe.sections import Recipe
+
+
+def _dataclass_of(annotation: Any) -> type | None:
+    """The dataclass in an annotation ``D`` or ``D | None``."""
+    options = (
+        typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    )
+    return next((option for option in options if dataclasses.is_dataclass(option)), None)
+
+
+def known_keys(cls: type, path: str = "") -> list[str]:
+    """All dotted keys of a config dataclass."""
+    keys = []
+    for name, annotation in typing.get_type_hints(cls).items():
+        here = f"{path}.{name}" if path else name
+        nested = _dataclass_of(annotation)
+        keys += [here, *(known_keys(nested, here) if nested else [])]
+    return keys
+
+
+def nearest(key: str, known: list[str]) -> str | None:
+    """The known dotted key that was probably meant."""
+    section, _, name = key.rpartition(".")
+    same_section = [k for k in known if k.rpartition(".")[0] == section]
+    same_name = [k for k in known if k.rpartition(".")[2] == name]
+    for candidates, cutoff in ((same_section, 0.7), (same_name, 0.0), (known, 0.5)):
+        if close := difflib.get_close_matches(key, candidates, n=1, cutoff=cutoff):
+            return close[0]
+    return None
+
+
+def unknown_key(key: str, known: list[str], origin: str) -> UserError:
+    """The error for a key that does not exist."""
+    guess = nearest(key, known)
+    hint = f"did you mean {guess}?" if guess else f"known: {', '.join(known)}"
+    return UserError(f"{origin}: unknown key {key}: {hint}")
+
+
+def check_keys(data: dict, origin: str, cls: type = Recipe, path: str = "") -> None:
+    """Refuses keys that no section has, naming the nearest; values are checked elsewhere."""
+    hints = typing.get_type_hints(cls)
+    for key, value in data.items():
+        name = str(key).removesuffix("+")
+        here = f"{path}.{name}" if path else name
+        if name not in hints:
+            raise unknown_key(here, known_keys(Recipe), origin)
+        nested = _dataclass_of(hints[name])
+        if nested is None:
+            continue
+        if isinstance(value, dict):
+            check_keys(value, origin, nested, here)
+        elif value is not None:
+            raise UserError(f"{origin}: {here} is {value!r}, but must be a section with keys")

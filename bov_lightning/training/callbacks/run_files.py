@@ -1,0 +1,47 @@
+"""Writes config.yaml, run.json and the tokenizer of a run."""
+
+import json
+import shutil
+import sys
+from importlib import metadata
+from typing import Any
+
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from bov_lightning.run.directory import RunDirectory, git_commit
+from bov_lightning.version import __version__
+
+PACKAGES = ("torch", "lightning", "tokenizers", "numpy")
+
+
+class RunFiles(Callback):
+    """Writes config.yaml, run.json and the tokenizer when training starts."""
+
+    def __init__(self, run: RunDirectory, config_yaml: str, figures: dict[str, Any]):
+        """``figures``: more for run.json."""
+        self.run, self.config_yaml, self.figures = run, config_yaml, figures
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """The first moment at which data and model are known to fit."""
+        if not trainer.is_global_zero:
+            return
+        self.run.path.mkdir(parents=True, exist_ok=True)
+        self.run.config.write_text(self.config_yaml, encoding="utf-8")
+        for logger in trainer.loggers:  # those that a recipe adds to ours
+            logger.log_hyperparams(yaml.safe_load(self.config_yaml))
+        data = trainer.datamodule
+        shutil.copytree(data.tokenizer_directory, self.run.tokenizer, dirs_exist_ok=True)
+        content = {
+            "versions": {
+                "bov-lightning": __version__,
+                "python": sys.version.split()[0],
+                **{name: metadata.version(name) for name in PACKAGES},
+            },
+            "git_commit": git_commit(),
+            "device": str(module.device),
+            "world_size": trainer.world_size,
+            "data": data.fingerprint,
+            **self.figures,
+        }
+        self.run.facts_file.write_text(json.dumps(content, indent=1) + "\n")
