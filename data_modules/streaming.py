@@ -124,8 +124,10 @@ class StreamingRows:
 
     def state_dict(self) -> dict[str, Any]:
         """Step and state of every lane, whoever owns it."""
-        own = {i: self.states[i] for i in self.lanes}
-        states = {i: s for part in Ranks.of_job().gather(own) for i, s in part.items()}
+        states = self.states
+        if self.world > 1:
+            own = {i: self.states[i] for i in self.lanes}
+            states = {i: s for part in Ranks.of_job().gather(own) for i, s in part.items()}
         return {
             "step": self.step,
             "rows_per_step": self.rows_per_lane * self.n_lane,

@@ -382,7 +382,7 @@ class BatchedLM(LM):
             self.counts.unscored[task] = sum(t == task for t, _ in self.unscored)
 
     def _lockstep(self, steps: Iterator[None], n_step: int, n_document: int) -> None:
-        """Takes all steps, each together with every other rank, idling where there are none left."""
+        """Takes all steps, each together with every other rank; idles where there are none left."""
         n_round = int(self.ranks.maximum([n_step])[0])
         before = self._finished
         for i in range(n_round):

@@ -219,7 +219,7 @@ def test_keys_are_those_of_the_code():
 
 def test_yaml_snippets_are_valid():
     """Whole recipes and parts of them; a part of the data section names what exists."""
-    from bov_lightning.recipe.building import check_class
+    from bov_lightning.recipe.data_module import check_class
 
     n_recipe = 0
     for name, text in PAGES.items():

@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import is_dataclass
 from typing import Any, get_type_hints
 
@@ -39,6 +40,18 @@ DERIVED = {
 """Arguments of the Trainer that other sections decide."""
 
 
+_recipe: ContextVar[Recipe] = ContextVar("recipe")
+"""What `_module` makes a module for: LightningCLI calls it with the model section alone."""
+
+
+def _module(
+    config: TransformerConfig,
+    optimizer: OptimizerConfig = OptimizerConfig(),
+    budget: BudgetConfig | None = None,
+) -> BoVModule:
+    return BoVModule(_recipe.get())
+
+
 class RecipeCLI(LightningCLI):
     """Builds DataModule, module and Trainer from a merged recipe."""
 
@@ -54,15 +67,9 @@ class RecipeCLI(LightningCLI):
         """
         self.given, self.loggers, self.make_callbacks = given, loggers, make_callbacks
 
-        def module(
-            config: TransformerConfig,
-            optimizer: OptimizerConfig = OptimizerConfig(),
-            budget: BudgetConfig | None = None,
-        ) -> BoVModule:
-            return BoVModule(given.recipe)
-
+        token = _recipe.set(given.recipe)
         super().__init__(
-            module,
+            _module,
             LightningDataModule,
             subclass_mode_data=True,
             seed_everything_default=False,
@@ -72,6 +79,7 @@ class RecipeCLI(LightningCLI):
             args=copy.deepcopy(given.plain),
             parser_kwargs={"exit_on_error": False},
         )
+        _recipe.reset(token)
 
     def add_arguments_to_parser(self, parser) -> None:
         """The sections beside model, data and trainer, and what they fill in."""

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from variants import OVERLAYS, make_model, mostly_slow, perturb, token_ids
 
 import bov_lightning
+import bov_lightning.hf
 from bov_lightning.checkpoint.directory import MARKER
 from bov_lightning.checkpoint.reading import read_weights
 from bov_lightning.checkpoint.writing import config_yaml, write_checkpoint

@@ -221,9 +221,10 @@ def make(folder: Path) -> None:
 
 def fit_and_stop(step: int) -> None:
     """`bov fit` on a rank that is told at ``step`` that its time limit is near."""
+    from bov_lightning.control import Control
+
     from bov_lightning import preemption
     from bov_lightning.cli import entry_point
-    from bov_lightning.control import Control
 
     told = Control.on_train_batch_end
 
