@@ -22,15 +22,26 @@ help:
 	@echo "make docs         make a website of docs/, in build/docs"
 	@echo "make lint         check style; make format puts it right"
 
+# What training needs comes first; the tools for tests, pages and style with the commands that use
+# them. The end of a failed installation's output is shown, the whole of it lies in .venv.
+define install
+	@echo "installing $(2) into $(VENV)"
+	@$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt \
+		--editable '.$(1)' >$(VENV)/install.log 2>&1 || { tail -n 15 $(VENV)/install.log >&2; \
+		echo "make: the installation failed: all of its output is in $(VENV)/install.log" >&2; exit 2; }
+	@touch $@
+endef
+
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or newer is missing: install it, or name it with PYTHON=..." >&2; exit 2; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "make: $(PYTHON) lacks venv or ensurepip: install them (on Debian and Ubuntu: apt-get install python3-venv)" >&2; exit 2; }
-	@echo "installing into $(VENV) (a few minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	@touch $@
+	$(call install,,bov-lightning (a few minutes the first time))
+
+$(VENV)/installed-%: $(VENV)/installed
+	$(call install,[$*],the tools for $*)
 
 quickstart: install
 	$(BIN)/bov fit --config recipes/quickstart.yaml
@@ -40,15 +51,15 @@ quickstart: install
 
 # Two processes with one thread each: the tests train tiny models. Those that start several
 # processes themselves, and the drills on a SLURM cluster, have the machine to themselves.
-test: install
+test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not distributed and not slurm"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "distributed or slurm"
 
-test-fast: install
+test-fast: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not distributed and not slurm"
 
 # kill -9 at 30 random moments of one run, half of them during a save (about 10 minutes).
-soak: install
+soak: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
 
 # Results go to benchmarks/results, beside the machine and commit that they were measured on.
@@ -56,19 +67,19 @@ bench: install
 	$(BIN)/python benchmarks/all.py
 
 # What CI cannot: the reference numbers, masks, kernels, bf16 and sharding on this machine's GPU.
-gpu-check: install
+gpu-check: $(VENV)/installed-test
 	BOV_REQUIRE=gpu $(BIN)/python -m pytest -m gpu
 
 # keys.md is written from the docstrings; a broken link is an error.
-docs: install
+docs: $(VENV)/installed-docs
 	$(BIN)/python docs/write_pages.py
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs build/docs
 	@echo "build/docs/README.html"
 
-lint: install
+lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: install
+format: $(VENV)/installed-lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

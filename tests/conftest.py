@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from leftovers import no_process_left  # noqa: F401 (a fixture of every test)
 
 from data_modules.sources import cut_at_lines
 

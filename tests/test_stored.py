@@ -216,7 +216,6 @@ def test_report_shows_the_run_and_its_evaluation(stored, capsys):
     assert "heldout" in page
 
 
-@pytest.mark.xfail(strict=True, reason="a key that an older config.yaml lacks splits a row")
 def test_report_pools_a_run_from_before_the_newest_key(stored, capsys):
     as_if_finished(RUN)
     shutil.copytree(RUN, "runs/older")

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 
-from bov_lightning.distributed.sharding import PARAM_DTYPES, check_precision, check_replicate
 from bov_lightning.errors import UserError
+
+PARAM_DTYPES = {"32-true": None, "32": None, 32: None, "bf16-mixed": torch.bfloat16}
+"""What trainer.precision means under FSDP2: the dtype of gathered parameters and activations."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Layout:
 
     @property
     def shards(self) -> bool:
-        """Whether FSDP2 takes part, as `ShardedStrategy.build` decides it."""
+        """Whether FSDP2 takes part: one device in fp32 has nothing to gain from it."""
         return self.sharded and (self.world_size > 1 or self.half)
 
 
@@ -42,21 +44,53 @@ def read_layout(trainer: dict[str, Any], world_size: int | None = None) -> Layou
     strategy, arguments = trainer.get("strategy"), {}
     if "class_path" in (strategy or ""):  # a mapping, or jsonargparse's Namespace
         strategy, arguments = strategy["class_path"], strategy.get("init_args") or {}
-    name = str(strategy).rpartition(".")[2]
-    if name not in ("None", "auto", "fsdp", "ShardedStrategy", "ddp", "ReplicatedStrategy"):
-        raise UserError(f"trainer.strategy {strategy!r} is not supported: use fsdp or ddp")
-    sharded = name not in ("ddp", "ReplicatedStrategy")
-    precision = trainer.get("precision")
-    if sharded:
-        check_precision(precision)
-    elif precision not in (None, *PARAM_DTYPES):
+    sharded, precision = is_sharded_strategy(strategy), trainer.get("precision")
+    if not sharded and precision not in (None, *PARAM_DTYPES):
         raise UserError(f"the memory of trainer.precision {precision} under ddp cannot be planned")
+    half = param_dtype_of(precision) is not None
     if world_size is None:
         world_size = _n_device(trainer.get("devices", 1)) * int(trainer.get("num_nodes") or 1)
     replicate = int(arguments.get("replicate", 1))
     check_replicate(world_size, replicate)
-    half = PARAM_DTYPES.get(precision) is not None
     return Layout(world_size, sharded, replicate, half, trainer.get("accelerator") != "cpu")
+
+
+def is_sharded_strategy(name: str | None) -> bool:
+    """Whether trainer.strategy, a short name or a class path, means FSDP2 and not DDP.
+
+    Raises:
+        UserError: it means neither.
+    """
+    short = str(name).rpartition(".")[2]
+    if short in ("None", "auto", "fsdp", "ShardedStrategy"):
+        return True
+    if short in ("ddp", "ReplicatedStrategy"):
+        return False
+    raise UserError(
+        f"trainer.strategy {name!r} is not supported: use fsdp, ddp, or the class_path "
+        "bov_lightning.ShardedStrategy with replicate for HSDP"
+    )
+
+
+def param_dtype_of(precision: str | int | None) -> torch.dtype | None:
+    """Of gathered parameters and activations under FSDP2; None: fp32.
+
+    Raises:
+        UserError: a trainer.precision that FSDP2 does not have.
+    """
+    if precision not in (None, *PARAM_DTYPES):
+        options = ", ".join(str(name) for name in PARAM_DTYPES)
+        raise UserError(f"trainer.precision {precision} is not supported by fsdp: use {options}")
+    return PARAM_DTYPES.get(precision)
+
+
+def check_replicate(world_size: int, replicate: int) -> None:
+    """A mesh that the devices cannot form is a `UserError`."""
+    if world_size % replicate:
+        raise UserError(
+            f"{world_size} devices cannot hold {replicate} equal copies of the "
+            "model: trainer.strategy.init_args.replicate must divide their number"
+        )
 
 
 def _n_device(devices: Any) -> int:

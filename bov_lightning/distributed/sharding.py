@@ -11,31 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from bov_lightning.errors import UserError
-
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from bov_lightning.model.transformer import Transformer
-
-PARAM_DTYPES = {"32-true": None, "32": None, 32: None, "bf16-mixed": torch.bfloat16}
-"""What trainer.precision means under FSDP2: the dtype of gathered parameters and activations."""
-
-
-def check_precision(precision: str | int | None) -> None:
-    """A trainer.precision that FSDP2 does not have is a `UserError`."""
-    if precision not in (None, *PARAM_DTYPES):
-        options = ", ".join(str(name) for name in PARAM_DTYPES)
-        raise UserError(f"trainer.precision {precision} is not supported by fsdp: use {options}")
-
-
-def check_replicate(world_size: int, replicate: int) -> None:
-    """A mesh that the devices cannot form is a `UserError`."""
-    if world_size % replicate:
-        raise UserError(
-            f"{world_size} devices cannot hold {replicate} equal copies of the "
-            "model: trainer.strategy.init_args.replicate must divide their number"
-        )
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -12,18 +12,19 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from bov_lightning.distributed import preemption
-from bov_lightning.distributed.ranks import Ranks
-from bov_lightning.distributed.sharding import (
-    PARAM_DTYPES,
-    check_precision,
+from bov_lightning.distributed.layout import (
+    Layout,
     check_replicate,
-    make_mesh,
-    shard,
-    write_part,
+    is_sharded_strategy,
+    param_dtype_of,
 )
-from bov_lightning.errors import UserError
+from bov_lightning.distributed.ranks import Ranks
+from bov_lightning.distributed.sharding import make_mesh, shard, write_part
 from bov_lightning.model.layers import Initialiser
 from bov_lightning.model.transformer import Transformer
+from bov_lightning.upstream import require
+
+require(Strategy, "restore_checkpoint_after_setup", "lightning_restore_optimizer")
 
 
 class ControlGroup:
@@ -33,6 +34,8 @@ class ControlGroup:
     wait for the device, so they go through a gloo group of their own.
     """
 
+    # Lightning asks a strategy for these two: the optimizer is there before anything is restored,
+    # and by whom.
     restore_checkpoint_after_setup = True
     lightning_restore_optimizer = False
     ranks = Ranks()
@@ -106,16 +109,18 @@ class ShardedStrategy(ControlGroup, ModelParallelStrategy):
         """Starts the process groups; a mesh that the devices cannot form is a `UserError`."""
         check_replicate(self.world_size, self.replicate)
         # Lightning's mesh, which is not ours, must have the size of the world.
+        require(self, "_data_parallel_size", "_device_mesh")
         self._data_parallel_size = self.world_size
         super().setup_environment()
         self._device_mesh = make_mesh(self.root_device.type, self.world_size, self.replicate)
 
     def build(self, model: Transformer, seed: int) -> Transformer:
-        """Shards a model on the meta device and then fills it, one parameter at a time.
+        """Shards a model on the meta device, if `Layout.shards`, and then fills it.
 
-        One device in fp32 has nothing to gain from sharding, so its model stays as it is.
+        One parameter at a time is whole in memory.
         """
-        if self.world_size > 1 or self.param_dtype is not None:
+        half = self.param_dtype is not None
+        if Layout(self.world_size, replicate=self.replicate, half=half).shards:
             shard(model, self._device_mesh, self.param_dtype)
         model.to_empty(device=self.root_device)
         model.initialise(Initialiser(seed, write_part))
@@ -128,17 +133,10 @@ def choose_strategy(strategy: Any, precision: Any) -> tuple[Strategy, Any]:
     Raises:
         UserError: a strategy or precision that we do not have.
     """
-    if strategy in ("auto", "fsdp", None):
-        strategy = ShardedStrategy()
-    elif strategy == "ddp":
-        strategy = ReplicatedStrategy()
-    if not isinstance(strategy, ControlGroup):
-        raise UserError(
-            f"trainer.strategy {strategy!r} is not supported: use fsdp, ddp, or the class_path "
-            "bov_lightning.ShardedStrategy with replicate for HSDP"
-        )
-    if isinstance(strategy, ReplicatedStrategy):
+    name = strategy if isinstance(strategy, str | None) else type(strategy).__name__
+    kind = ShardedStrategy if is_sharded_strategy(name) else ReplicatedStrategy
+    strategy = kind() if isinstance(strategy, str | None) else strategy
+    if kind is ReplicatedStrategy:
         return strategy, precision
-    check_precision(precision)
-    strategy.param_dtype = PARAM_DTYPES.get(precision)
+    strategy.param_dtype = param_dtype_of(precision)
     return strategy, "32-true"

@@ -24,11 +24,6 @@ def attention_scale(head_dim: int) -> float:
     return QK_SCALE**2 / head_dim**0.5
 
 
-def rotary_angles(n_token: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles, each (T, D/2), fp32."""
-    return rotary_angles_at(torch.arange(n_token, device=device), head_dim)
-
-
 def rotary_angles_at(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotary angles at ``positions`` (...), each (..., D/2), fp32."""
     channel = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)

@@ -13,7 +13,6 @@ from bov_lightning.model.attention import (
     Mask,
     attend,
     make_masks,
-    rotary_angles,
     rotary_angles_at,
     rotate,
 )
@@ -83,6 +82,26 @@ class Block(nn.Module):
         return x_BTC + self.mlp(rms_norm(x_BTC)), value
 
 
+class WholeText:
+    """What `Cache` is to new tokens of a text, for a text that is given whole: it has no past."""
+
+    def __init__(self, config: TransformerConfig):
+        self.config, self.layers = config, [None] * config.n_layer
+        self.masks: dict[int | None, Mask] = {}
+
+    def begin(self, token_ids_BT: Tensor, lengths: None) -> Tensor:
+        """The positions of the tokens, (T,)."""
+        start = self.config.document_start
+        self.masks = make_masks(self.config.windows, token_ids_BT, start)
+        return torch.arange(token_ids_BT.shape[1], device=token_ids_BT.device)
+
+    def take_previous(self, x_BTC: Tensor) -> None:
+        """What came before the first token: nothing."""
+
+    def finish(self) -> None:
+        """Nothing is kept."""
+
+
 class Head(nn.Module):
     """Soft-capped logits in fp32, or the loss without ever holding all of them."""
 
@@ -150,25 +169,18 @@ class Transformer(nn.Module):
                 result is (B, P, vocab_size). None: all.
         """
         config, start = self.config, self.config.document_start
-        pasts, previous_B1C = [None] * config.n_layer, None
-        if cache is None:
-            rotary = rotary_angles(token_ids_BT.shape[1], config.head_dim, token_ids_BT.device)
-            masks = make_masks(config.windows, token_ids_BT, start)
-        else:
-            rotary = rotary_angles_at(cache.begin(token_ids_BT, lengths), config.head_dim)
-            masks, pasts = cache.masks, cache.layers
+        text = WholeText(config) if cache is None else cache
+        rotary = rotary_angles_at(text.begin(token_ids_BT, lengths), config.head_dim)
+        masks = text.masks
         starts_BT = None if start is None else token_ids_BT == start
         x_BTC = rms_norm(self.embedding(token_ids_BT))
-        if cache is not None:
-            previous_B1C = cache.take_previous(x_BTC)
-        x_BTC = x0_BTC = self.smear(x_BTC, starts_BT, previous_B1C)
+        x_BTC = x0_BTC = self.smear(x_BTC, starts_BT, text.take_previous(x_BTC))
         first_value = None
-        for block, past in zip(self.blocks, pasts, strict=True):
+        for block, past in zip(self.blocks, text.layers, strict=True):
             mask = masks[block.window]
             x_BTC, value = block(x_BTC, x0_BTC, token_ids_BT, first_value, rotary, mask, past)
             first_value = value if first_value is None else first_value
-        if cache is not None:
-            cache.finish()
+        text.finish()
         if positions_BP is not None:
             x_BTC = x_BTC.gather(1, positions_BP[:, :, None].expand(-1, -1, config.d_model))
         return self.head(rms_norm(x_BTC), targets_BT, reduction)

@@ -28,6 +28,26 @@ def known_keys(cls: type, path: str = "") -> list[str]:
     return keys
 
 
+def defaults(cls: type = Recipe, path: str = "") -> dict[str, Any]:
+    """The default of every dotted key that has one, for recipes of before the key was there.
+
+    Sections that are left out by default, such as the budget, and what lies below ``data`` and
+    ``trainer`` have none.
+    """
+    found: dict[str, Any] = {}
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        here = f"{path}.{field.name}" if path else field.name
+        nested = _dataclass_of(hints[field.name])
+        if nested is hints[field.name]:
+            found |= defaults(nested, here)
+        elif nested is None and field.default is not dataclasses.MISSING:
+            found[here] = field.default
+        elif nested is None and hints[field.name] == list[str]:
+            found[here] = []
+    return found
+
+
 def nearest(key: str, known: list[str]) -> str | None:
     """The known dotted key that was probably meant."""
     section, _, name = key.rpartition(".")

@@ -19,6 +19,7 @@ import yaml
 
 from bov_lightning.checkpoint.directory import CONFIG, WEIGHTS, complete_checkpoints
 from bov_lightning.errors import UserError
+from bov_lightning.recipe.keys import defaults
 from bov_lightning.run.directory import EVAL, RunDirectory
 from evaluation.report import aggregate_metric, leaf_tasks, notes
 from evaluation.results import read_results
@@ -241,7 +242,8 @@ def _read_settings(path: Path) -> dict[str, Any]:
     for key in ("model.config.n_layer", "model.config.value.source"):
         if key not in settings:
             raise UserError(f"{path.name} is no resolved recipe: it lacks {key}")
-    return settings
+    # A run of before a key was there did what the key's default does.
+    return flatten(defaults()) | settings
 
 
 def flatten(data: Any) -> dict[str, Any]:

@@ -11,17 +11,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 
-
-def require(owner: Any, *names: str) -> None:
-    """Raises an error that says which private part of Lightning is gone."""
-    for name in names:
-        if not hasattr(owner, name):
-            kind = owner if isinstance(owner, type) else type(owner)
-            raise RuntimeError(
-                f"this version of lightning has no {kind.__name__}.{name} any more: see "
-                "bov_lightning/training/internals.py"
-            )
-
+from bov_lightning.upstream import require
 
 # `RecipeCLI` overrides it: the last place at which arguments that follow from others can be set.
 require(LightningCLI, "_instantiate_trainer")

@@ -10,7 +10,7 @@ from bov_lightning.model.attention import (
     _window_block_mask,
     attend,
     make_masks,
-    rotary_angles,
+    rotary_angles_at,
     rotate,
 )
 
@@ -107,7 +107,7 @@ def test_masks_made_while_validating_serve_training():
 
 
 def test_rotation_depends_on_distance_alone():
-    cos, sin = rotary_angles(50, 16, torch.device("cpu"))
+    cos, sin = rotary_angles_at(torch.arange(50), 16)
     q, k = torch.randn(2, 1, 1, 1, 16).expand(2, 1, 50, 1, 16).unbind()
     score = rotate(q, cos, sin)[0, :, 0] @ rotate(k, cos, sin)[0, :, 0].T
     for distance in (0, 7):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bov_lightning.model import matmul as products
-from bov_lightning.model.attention import rotary_angles, rotate
+from bov_lightning.model.attention import rotary_angles_at, rotate
 from bov_lightning.model.layers import Linear
 from bov_lightning.model.matmul import linear
 
@@ -82,7 +82,7 @@ def test_compiled_layers_compute_the_same():
 @given(n_row=st.integers(1, 3), n_token=st.integers(1, 9), half=st.integers(1, 8))
 def test_rotations_gradient_is_that_of_the_definition(n_row, n_token, half):
     x, direction = random(n_row, n_token, 2, 2 * half), random(n_row, n_token, 2, 2 * half, seed=1)
-    cos, sin = rotary_angles(n_token, 2 * half, torch.device("cpu"))
+    cos, sin = rotary_angles_at(torch.arange(n_token), 2 * half)
     x1, x2 = x.chunk(2, dim=-1)
     by_token, turn = cos[:, None], sin[:, None]
     expected = torch.cat((x1 * by_token + x2 * turn, x2 * by_token - x1 * turn), dim=-1)

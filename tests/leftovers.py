@@ -1,0 +1,48 @@
+"""Nothing that a test starts outlives it, however the test ends."""
+
+import contextlib
+import ctypes
+import sys
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+PR_SET_CHILD_SUBREAPER = 36
+"""From <sys/prctl.h>: processes whose parent has ended become children of this one."""
+
+KEPT = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")
+"""In the command line of what serves all tests of a session."""
+
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def descendants() -> list[psutil.Process]:
+    """All living processes that this one, or what it started, has started."""
+    return psutil.Process().children(recursive=True)
+
+
+def is_kept(process: psutil.Process) -> bool:
+    """Whether it serves all tests; one that is gone does not."""
+    with contextlib.suppress(psutil.Error):
+        command = " ".join(process.cmdline())
+        return any(name in command for name in KEPT) and "--multiprocessing-fork" not in command
+    return False
+
+
+@pytest.fixture(autouse=True)
+def no_process_left(request) -> Iterator[None]:
+    """Kills what the test has left running, a test that ran out of time above all.
+
+    A SLURM cluster starts daemons of its own when it likes, and ends with its fixture.
+    """
+    before = set(descendants())
+    yield
+    if "slurm" in request.keywords:
+        return
+    left = [process for process in descendants() if process not in before and not is_kept(process)]
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=10)
