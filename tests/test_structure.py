@@ -33,7 +33,7 @@ hf.py and __init__.py are doors, which open upwards."""
 
 NEVER = {
     "bov_lightning/model": ("lightning", "transformers", "lm_eval", "bov_lightning.recipe"),
-    "bov_lightning/optim": ("lightning", "transformers"),
+    "bov_lightning/optim": ("lightning", "transformers", "bov_lightning.files"),
     "bov_lightning/recipe/sections.py": ("torch", "lightning"),
     "bov_lightning/report": ("torch", "lightning"),
     "bov_lightning/checkpoint": ("lightning",),
