@@ -1,4 +1,4 @@
-"""The screen: everything that a run says while it trains goes through one console on stderr.
+"""The screen: what a command says while it works goes through one console on stderr.
 
 Two consoles do not know of each other's lines, so that a warning of one would tear up the live view
 (`bov_lightning.training.live_view`) of the other.

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
+from bov_lightning.console import CONSOLE
 from bov_lightning.errors import UserError
 from bov_lightning.files import write_directory, write_file
 from data_modules.packing import PackingConfig, PackingCounts, pack
@@ -144,7 +144,7 @@ class Corpus:
             fingerprint = self.source.fingerprint()
         except (UserError, OSError) as error:
             fingerprint = _read_json(self.directory / SETTINGS).get("fingerprint")
-            Console(stderr=True).print(
+            CONSOLE.print(
                 f"using {self.directory} as it is, since its text cannot be compared: {error}",
                 highlight=False, soft_wrap=True,
             )  # fmt: skip
@@ -179,16 +179,15 @@ class Corpus:
     def _make_tokenizer(self, machine: int) -> None:
         if self.tokenizer_directory.is_dir():
             return
-        console = Console(stderr=True)
         if machine and not self.tokenizer.path:
-            with console.status("waiting for the tokenizer that --shard 0/N trains"):
+            with CONSOLE.status("waiting for the tokenizer that --shard 0/N trains"):
                 while not self.tokenizer_directory.is_dir():
                     time.sleep(1)
             return
         if self.tokenizer.path:
             tokenizer = read_tokenizer(self.tokenizer.path)
         else:
-            with console.status("training the tokenizer"):
+            with CONSOLE.status("training the tokenizer"):
                 documents = open_stripe(self.source, "train", on_error=self.on_error)
                 tokenizer = train_tokenizer(documents, self.tokenizer)
         write_directory(self.tokenizer_directory, lambda aside: save_tokenizer(tokenizer, aside))
@@ -205,7 +204,6 @@ class Corpus:
         return _read_json(description)["sha256"] == _sha256(data)
 
     def _pack(self, pending: list, processes: int) -> None:
-        console = Console(stderr=True)
         columns = (
             TextColumn("packing"), BarColumn(bar_width=30), TextColumn("{task.percentage:.0f}%"),
             TextColumn("{task.fields[rate]}"), TextColumn("ETA"), TimeRemainingColumn(),
@@ -219,14 +217,14 @@ class Corpus:
             now, done = time.monotonic(), sum(shared[0::2])
             rate = f"{sum(shared[1::2]) / (now - started):,.0f} tokens/s"
             progress.update(task, completed=done, rate=rate)
-            if not console.is_terminal and now - said > LINES_EVERY_S:
+            if not CONSOLE.is_terminal and now - said > LINES_EVERY_S:
                 said = now
                 left = (len(pending) / done - 1) * (now - started) / 60 if done else float("nan")
                 line = f"packing {done:.1f} of {len(pending)} shards  {rate}  ETA {left:.1f} min"
-                console.print(line, highlight=False)
+                CONSOLE.print(line, highlight=False)
 
-        on_screen = console.is_terminal
-        with Progress(*columns, console=console, transient=True, disable=not on_screen) as progress:
+        on_screen = CONSOLE.is_terminal
+        with Progress(*columns, console=CONSOLE, transient=True, disable=not on_screen) as progress:
             task = progress.add_task("pack", total=len(pending), rate="")
             if processes == 1:
                 for i, shard in enumerate(pending):
@@ -311,11 +309,10 @@ class Corpus:
         if path.is_file() and path.read_text(encoding="utf-8") == text:
             return
         write_file(path, text)
-        console = Console(stderr=True)
         for split, parts in shards.items():
             total = {name: sum(p[name] for p in parts) for name in parts[0] if name != "file"
                      and name != "sha256"}  # fmt: skip
-            console.print(
+            CONSOLE.print(
                 f"{self.directory}: {total['rows']:,} {split} rows of {self.sequence_len} tokens "
                 f"from {total['documents']:,} documents; "
                 f"{total['cropped'] / max(1, total['tokens']):.1%} of their tokens cropped, "

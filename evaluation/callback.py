@@ -15,19 +15,17 @@ from bov_lightning.errors import EvaluationInterruptedError
 from bov_lightning.recipe.sections import EvaluationConfig
 from bov_lightning.run.directory import EVAL
 from bov_lightning.run.status import Status
-from evaluation import claims
 from evaluation.backends import TransformerBackend
 from evaluation.heldout import needs_heldout, write_from_data
 from evaluation.report import headline
 from evaluation.results import (
     HELDOUT,
+    claim_step,
     is_done,
     metrics,
+    publish,
     read_results,
-    remove_orphans,
     step_directory,
-    write_results,
-    write_summary,
 )
 from evaluation.runner import Benchmarks, Runtime, download_data, load_tasks, run
 
@@ -131,16 +129,16 @@ class Evaluator(Callback):
 
         def claimed() -> str:
             nonlocal claim
-            if trainer.is_global_zero and not is_done(directory, settings):
-                claim = claims.take(*claims.of_step(self.run_directory, step, settings))
-                return "mine" if claim else "elsewhere"
-            return "done"
+            if not trainer.is_global_zero:
+                return "done"
+            claim = claim_step(self.run_directory, step, settings)
+            if claim is not None:
+                return "mine"
+            return "done" if is_done(directory, settings) else "elsewhere"
 
         outcome = self.ranks.broadcast(self.ranks.together(claimed))
         if outcome == "mine":
             with claim or contextlib.nullcontext():  # rank 0 holds it for all
-                if claim is not None:
-                    remove_orphans(directory)
                 finished = self._evaluate(trainer, module, step)
             if not finished:
                 self.on_interrupt(trainer, module)
@@ -178,9 +176,7 @@ class Evaluator(Callback):
     def _publish(self, trainer: Trainer, results: dict[str, Any], step: int) -> None:
         if not trainer.is_global_zero:
             return
-        directory = step_directory(self.run_directory, step)
-        write_results(directory, results, str(self.run_directory), step)
-        write_summary(self.run_directory)
+        publish(self.run_directory, step, results, str(self.run_directory))
         self._log(trainer, results, step)
 
     def _log(self, trainer: Trainer, results: dict[str, Any], step: int) -> None:

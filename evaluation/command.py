@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from bov_lightning.checkpoint import directory as checkpoints
+from bov_lightning.console import CONSOLE
 from bov_lightning.distributed.ranks import Ranks
 from bov_lightning.errors import EvaluationInterruptedError, UserError
 from bov_lightning.inference.loading import check_device, load
@@ -128,7 +129,6 @@ class Command:
 
     def __init__(self, options: dict[str, Any]):
         self.options = options
-        self.console = Console(stderr=True)
         self._temporary = tempfile.TemporaryDirectory(
             prefix="bov-heldout-"
         )  # gone with the command
@@ -146,7 +146,7 @@ class Command:
 
     def _say(self, line: str) -> None:
         if self.ranks.rank == 0:
-            self.console.print(line, highlight=False, soft_wrap=True)
+            CONSOLE.print(line, highlight=False, soft_wrap=True)
 
     def _benchmarks(self, path: Path) -> Benchmarks:
         if not heldout.needs_heldout(self.benchmarks.tasks):
@@ -162,7 +162,7 @@ class Command:
         # Names and data files are looked at before a model of many gigabytes is.
         tasks = loaded or self.ranks.together(lambda: load_tasks(benchmarks))
         model, backend, tokenizer = self.ranks.together(lambda: self._load(path))
-        bar = _Bar(self.console, Path(path).name, self.ranks.rank == 0)
+        bar = _Bar(CONSOLE, Path(path).name, self.ranks.rank == 0)
         runtime = Runtime(
             budget=self.options["tokens_per_forward"], should_stop=lambda: bool(_stopped),
             progress=bar.update, ranks=self.ranks,
@@ -229,7 +229,7 @@ def evaluate_command(**options: Any) -> None:
     try:
         Command(options)()
     except EvaluationInterruptedError as error:
-        Console(stderr=True).print(f"evaluation interrupted: {error}", highlight=False)
+        CONSOLE.print(f"evaluation interrupted: {error}", highlight=False)
         raise SystemExit(128 + signal.SIGTERM) from None
     finally:
         _stopped.clear()

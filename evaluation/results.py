@@ -20,6 +20,7 @@ from bov_lightning.checkpoint.directory import step_of
 from bov_lightning.errors import UserError
 from bov_lightning.files import write_file
 from bov_lightning.run.directory import EVAL, RunDirectory
+from evaluation import claims
 
 HELDOUT = "heldout"
 """In the folder of all evaluations: the tasks made of the run's held-out text."""
@@ -107,6 +108,29 @@ def remove_orphans(directory: Path) -> None:
             path.unlink(missing_ok=True)
     for path in directory.glob(".*.partial"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def claim_step(
+    run: Path, step: int, settings: dict[str, Any], stale_after_s: float = claims.STALE_AFTER_S
+) -> claims.Claim | None:
+    """The right to evaluate a step in that way; None where somebody has it, or has used it."""
+    directory = step_directory(run, step)
+    if is_done(directory, settings):
+        return None
+    claim = claims.take(*claims.of_step(run, step, settings), stale_after_s)
+    # Between the look and the claim, somebody else may have finished.
+    if claim is not None and is_done(directory, settings):
+        with claim:
+            return None
+    if claim is not None:
+        remove_orphans(directory)
+    return claim
+
+
+def publish(run: Path, step: int, results: dict[str, Any], model: str) -> None:
+    """Writes the results of a step, and the run's summary anew."""
+    write_results(step_directory(run, step), results, model, step)
+    write_summary(run)
 
 
 def metrics(results: dict[str, Any]) -> dict[str, float]:

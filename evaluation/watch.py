@@ -16,12 +16,11 @@ from bov_lightning.run.directory import RunDirectory, UserError
 from evaluation import claims
 from evaluation.report import headline
 from evaluation.results import (
+    claim_step,
     is_done,
     metrics,
-    remove_orphans,
+    publish,
     step_directory,
-    write_results,
-    write_summary,
 )
 
 
@@ -98,16 +97,10 @@ class Watcher:
 
     def _try(self, step: int, checkpoint: Path) -> bool:
         """Evaluates a checkpoint, unless somebody else does; whether it did."""
-        where = claims.of_step(self.run, step, self.settings)
-        claim = claims.take(*where, self.stale_after_s)
+        claim = claim_step(self.run, step, self.settings, self.stale_after_s)
         if claim is None:
             return False
         with claim:
-            # Between the look and the claim, another watcher may have finished.
-            if self._is_done(step):
-                return False
-            directory = step_directory(self.run, step)
-            remove_orphans(directory)
             try:
                 results = self.evaluate(checkpoint)
             except (UserError, OSError) as error:
@@ -119,8 +112,7 @@ class Watcher:
             if not claim.is_mine():
                 self.report(f"step {step}: another watcher took over; these results are dropped")
                 return False
-            write_results(directory, results, str(checkpoint), step)
-            write_summary(self.run)
+            publish(self.run, step, results, str(checkpoint))
             self.events.log_metrics(metrics(results), step)
             self.events.save()
         self.report(f"step {step}  {headline(results)}")

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from bov_lightning.console import CONSOLE
 from bov_lightning.distributed.preemption import REQUEUE, STOPPED, Preempted
 from bov_lightning.errors import UserError
 from bov_lightning.launch.sweep_rows import Row
@@ -177,19 +177,18 @@ class _Screen:
 
     def __init__(self, rows: list[Row]):
         self.rows = rows
-        self.console = Console(stderr=True)
         self.bars: Progress | None = None
         self.tasks: dict[Path, Any] = {}
         self.line_at = time.monotonic()
 
     def __enter__(self) -> "_Screen":
-        if self.console.is_terminal:
+        if CONSOLE.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(20),
                 TextColumn("{task.fields[at]}"),
             )
-            self.bars = Progress(*columns, console=self.console)
+            self.bars = Progress(*columns, console=CONSOLE)
             self.all = self.bars.add_task("all runs", total=len(self.rows), at="")
             self.bars.start()
         return self
@@ -200,7 +199,7 @@ class _Screen:
 
     def say(self, line: str) -> None:
         """One line that stays."""
-        self.console.print(line, highlight=False, soft_wrap=True)
+        CONSOLE.print(line, highlight=False, soft_wrap=True)
 
     def show(self, training: list[Row], waiting: list[Row]) -> None:
         """How far the runs are that are training now."""

@@ -1,1 +1,4 @@
-"""The network: configuration, value sources, attention, transformer. Knows no files, no ranks."""
+"""The network: configuration, value sources, attention, transformer, cache.
+
+Knows no checkpoint, no Lightning, no ranks.
+"""
