@@ -10,7 +10,7 @@ export PYTHONNOUSERSITE := 1
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help install quickstart test test-fast soak bench gpu-check docs lint format
+.PHONY: help install install-triton quickstart test test-fast soak bench gpu-check docs lint format
 
 help:
 	@echo "make quickstart   train, validate and sample a small model (about 5 minutes on 2 cores)"
@@ -42,6 +42,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/installed-%: $(VENV)/installed
 	$(call install,[$*],the tools for $*)
+
+# The version that belongs to constraints.txt's torch, whose CUDA builds bring it along.
+install-triton: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check triton==3.7.1
 
 quickstart: install
 	$(BIN)/bov fit --config recipes/quickstart.yaml

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from bov_lightning.checkpoint import directory as checkpoints
+from bov_lightning.checkpoint.directory import CONFIG, find_checkpoint, is_complete
 from bov_lightning.console import CONSOLE
 from bov_lightning.distributed.ranks import Ranks
 from bov_lightning.errors import EvaluationInterruptedError, UserError
@@ -78,7 +78,7 @@ def _load_hugging_face(path: str, device: str, dtype: torch.dtype) -> tuple[nn.M
 
 def run_of(path: Path) -> Path | None:
     """The run directory that a path is, or lies in."""
-    if checkpoints.is_complete(path):
+    if is_complete(path):
         above = path.absolute().parent.parent
         return above if path.absolute().parent.name == "checkpoints" else None
     return path if (path / "checkpoints").is_dir() else None
@@ -89,7 +89,7 @@ def _heldout_directory(path: Path, temporary: Path) -> Path:
     own = run_of(path)
     if own is not None and (own / EVAL / HELDOUT / "continuation.jsonl").is_file():
         return own / EVAL / HELDOUT
-    config = checkpoints.find_checkpoint(path) / checkpoints.CONFIG
+    config = find_checkpoint(path) / CONFIG
     given = read_stored(config)
     if not given.plain.get("data"):
         raise UserError(f"{config} has no data section, which the heldout tasks are made from")
@@ -194,13 +194,13 @@ class Command:
     def _check_paths(self, *paths: str | None) -> None:
         for path in filter(None, paths):
             if not (Path(path) / "config.json").is_file():
-                checkpoints.find_checkpoint(path)
+                find_checkpoint(path)
 
     def _write(self, path: str, results: dict[str, Any]) -> None:
         if self.options["output"] and self.ranks.rank == 0:
             step = None
             if not (Path(path) / "config.json").is_file():
-                step = read_step(checkpoints.find_checkpoint(path))
+                step = read_step(find_checkpoint(path))
             written = write_results(Path(self.options["output"]), results, path, step)
             self._say(f"written to {written}")
 
@@ -209,7 +209,7 @@ class Command:
             raise UserError("--watch runs in one process: start several watchers instead")
         if self.options["compare"] or self.options["output"]:
             raise UserError("--watch writes into the run: leave --compare and --output away")
-        if checkpoints.is_complete(path):
+        if is_complete(path):
             raise UserError(f"{path} is a checkpoint: --watch takes a run directory")
         if not heldout.needs_heldout(self.benchmarks.tasks):
             load_tasks(self.benchmarks)

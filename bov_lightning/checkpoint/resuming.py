@@ -8,7 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bov_lightning.checkpoint import directory as checkpoints
+from bov_lightning.checkpoint.directory import (
+    MARKER,
+    OPTIMIZER,
+    WEIGHTS,
+    damaged_file,
+    problem,
+    step_directories,
+)
 from bov_lightning.checkpoint.reading import read_tensors, read_training_state, stored_tensors
 from bov_lightning.distributed.ranks import Ranks
 from bov_lightning.errors import UserError
@@ -72,12 +79,10 @@ def restore(
     Raises:
         UserError: there were complete checkpoints, but none can be used any more.
     """
-    found = ranks.on_first(
-        lambda: [(path, checkpoints.problem(path)) for path in checkpoints.step_directories(run)]
-    )
+    found = ranks.on_first(lambda: [(path, problem(path)) for path in step_directories(run)])
     messages, was_complete = [], False
     for path, reason in reversed(found):
-        was_complete = was_complete or (path / checkpoints.MARKER).exists()
+        was_complete = was_complete or (path / MARKER).exists()
         if reason is None:
             try:
                 rest = _restore_from(path, model, optimizer, ranks, device)
@@ -101,12 +106,12 @@ def _restore_from(
     """Every rank checks and reads its part; what one of them cannot read is an error on all."""
 
     def check() -> None:
-        if damage := checkpoints.damaged_file(checkpoint, ranks.rank, ranks.size):
+        if damage := damaged_file(checkpoint, ranks.rank, ranks.size):
             raise UserError(damage)
 
     def read() -> dict[str, Any]:
-        options, folder = ranks.dcp_options, checkpoint / checkpoints.OPTIMIZER
-        read_tensors(checkpoint / checkpoints.WEIGHTS, weights_of(model), **options)
+        options, folder = ranks.dcp_options, checkpoint / OPTIMIZER
+        read_tensors(checkpoint / WEIGHTS, weights_of(model), **options)
         optimizer.create_state()
         state = optimizer_state_of(model, optimizer)
         random = random_state(ranks.rank, device)

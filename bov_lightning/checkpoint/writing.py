@@ -1,4 +1,4 @@
-"""Writes and reads the tensors of a checkpoint, each rank its part, while training goes on.
+"""Writes checkpoints: a run's, each rank its part, while training goes on; and whole ones.
 
 A save has two halves. The first copies this rank's part into CPU memory, which is all that training
 waits for. The second runs in a thread: torch.distributed.checkpoint spreads the tensors over the
@@ -16,16 +16,20 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from safetensors.torch import save_file
+from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from bov_lightning.checkpoint import directory as checkpoints
 from bov_lightning.checkpoint.directory import (
     CONFIG,
+    OPTIMIZER,
     TOKENIZER,
+    TRAINING,
     WEIGHTS,
     file_facts,
     list_files,
+    step_name,
     write_marker,
 )
 from bov_lightning.checkpoint.resuming import State
@@ -38,7 +42,7 @@ from bov_lightning.model.config import TransformerConfig
 def write_checkpoint(
     target: Path,
     step: int,
-    weights: dict[str, "torch.Tensor"],
+    weights: dict[str, Tensor],
     config_yaml: str,
     tokenizer: Path | None = None,
 ) -> None:
@@ -51,7 +55,6 @@ def write_checkpoint(
         config_yaml: the resolved recipe.
         tokenizer: a directory to copy.
     """
-    from safetensors.torch import save_file
 
     def write(aside: Path) -> None:
         (aside / CONFIG).write_text(config_yaml, encoding="utf-8")
@@ -103,7 +106,7 @@ class CheckpointWriter:
         staged = self._stager.stage({"weights": weights, "optimizer": optimizer})
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        target = self.run / "checkpoints" / checkpoints.step_name(step)
+        target = self.run / "checkpoints" / step_name(step)
         arguments = (target, step, staged["weights"], staged["optimizer"], rest, then)
         # Not a daemon: a process that ends by itself finishes its checkpoint.
         self.writing = step
@@ -135,7 +138,7 @@ class CheckpointWriter:
     def _write(
         self, target: Path, step: int, weights: State, optimizer: State, rest: dict, then: Callable
     ) -> None:
-        ranks, parts = self.ranks, {checkpoints.WEIGHTS: weights, checkpoints.OPTIMIZER: optimizer}
+        ranks, parts = self.ranks, {WEIGHTS: weights, OPTIMIZER: optimizer}
         try:
             ranks.on_first(lambda: _reported(target, lambda: self._begin(target, parts, rest)))
             saved = ranks.together(lambda: _reported(target, lambda: self._save(target, parts)))
@@ -160,11 +163,11 @@ class CheckpointWriter:
                 f"{target} cannot be written: it needs {n_byte / 1e6:,.1f} MB, and "
                 f"{free / 1e6:,.1f} MB are free"
             )
-        (aside / checkpoints.CONFIG).write_text(self.config_yaml, encoding="utf-8")
-        tokenizer = self.run / checkpoints.TOKENIZER
+        (aside / CONFIG).write_text(self.config_yaml, encoding="utf-8")
+        tokenizer = self.run / TOKENIZER
         if tokenizer.is_dir():
-            shutil.copytree(tokenizer, aside / checkpoints.TOKENIZER)
-        torch.save(rest, aside / checkpoints.TRAINING)
+            shutil.copytree(tokenizer, aside / TOKENIZER)
+        torch.save(rest, aside / TRAINING)
 
     def _save(self, target: Path, parts: dict[str, State]) -> dict[str, dict[str, int]]:
         """Writes this rank's part; returns size and checksum of its files."""
@@ -173,8 +176,8 @@ class CheckpointWriter:
             writer = HuggingFaceStorageWriter(str(aside / name), save_distributed=True)
             dcp.save(tensors, storage_writer=writer, **self.ranks.dcp_options)
         own = f"shard-{self.ranks.rank + 1:05d}-"
-        names = [n for n in checkpoints.list_files(aside) if Path(n).name.startswith(own)]
-        return checkpoints.file_facts(aside, names)
+        names = [n for n in list_files(aside) if Path(n).name.startswith(own)]
+        return file_facts(aside, names)
 
 
 def _reported(target: Path, work: Callable[[], Any]) -> Any:
@@ -193,8 +196,8 @@ def _finish(target: Path, step: int, facts: list[dict[str, dict[str, int]]]) -> 
     """Declares the checkpoint complete and puts it in place."""
     aside = aside_of(target)
     files = {name: found for part in facts for name, found in part.items()}
-    common = [name for name in checkpoints.list_files(aside) if name not in files]
-    checkpoints.write_marker(aside, step, files | checkpoints.file_facts(aside, common))
+    common = [name for name in list_files(aside) if name not in files]
+    write_marker(aside, step, files | file_facts(aside, common))
     put_in_place(target)
 
 
