@@ -236,9 +236,10 @@ def test_export_and_import_repeat_themselves(stored):
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
-    assert json.loads(Path("again/config.json").read_text()) == json.loads(
-        Path("export/config.json").read_text()
-    )
+    configs = [json.loads(Path(name, "config.json").read_text()) for name in ("again", "export")]
+    for config in configs:
+        del config["transformers_version"]  # of whoever wrote it
+    assert configs[0] == configs[1]
     model, tokenizer = bov_lightning.load(RUN)
     back, _ = bov_lightning.load("back")
     assert torch.equal(back(ids(tokenizer)), model(ids(tokenizer)))
