@@ -1,7 +1,10 @@
 """Runs of `bov fit` in tests: starting them, and comparing what they leave."""
 
 import csv
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,3 +60,12 @@ def newest(run: Path) -> int:
     """Step of the newest complete checkpoint; 0 without one."""
     found = complete_checkpoints(run)
     return step_of(found[-1]) if found else 0
+
+
+def wait_for(condition: Callable[[], Any], *processes: Any) -> Any:
+    """What the condition returns once that is true; none of the processes may end before."""
+    while not (found := condition()):
+        for process in processes:
+            assert process.poll() is None, f"{process.args} ended with {process.returncode}"
+        time.sleep(0.002)
+    return found

@@ -1,0 +1,237 @@
+"""`bov` commands in processes of their own that need not import torch first.
+
+A server, one for each process of pytest, imports what others wrote (torch, Lightning, lm-eval) and
+then only forks: every command is a real process with its own process group, signal handlers, files
+and exit code, which imports this package anew and runs it as ``python -m bov_lightning.cli`` would.
+Only what other packages read from the environment when they are imported is the server's.
+"""
+
+import array
+import gc
+import importlib
+import os
+import pickle
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+PRELOADED = (
+    "torch", "torch.distributed.checkpoint", "torch.distributed.elastic.multiprocessing",
+    "torch.distributed.fsdp", "torch.distributed.tensor", "torch.nn.attention.flex_attention",
+    "torch.utils.tensorboard", "lightning.pytorch.cli", "lm_eval.evaluator",
+    "lm_eval.models.huggingface", "lm_eval.tasks", "transformers.generation.utils", "tokenizers",
+    "datasets", "pyarrow.parquet", "safetensors.torch", "rich.live", "rich.progress",
+    "rich.status", "concurrent.futures.process", "multiprocessing.heap",
+    "multiprocessing.popen_fork", "multiprocessing.popen_spawn_posix",
+    "multiprocessing.synchronize", "attr",
+)  # fmt: skip
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+PROGRAMS = ("bov_lightning.cli", "bov_lightning.cli.__main__")
+
+
+class Bov:
+    """A `bov` command that runs; used as `subprocess.Popen` is.
+
+    Args:
+        arguments: what follows `bov`.
+        cwd: its directory; the current one if not given.
+        env: its environment; the current one if not given.
+        stdin: a file or descriptor; empty if not given.
+        stdout: a file or descriptor; if not given `out` reads it, at any time.
+        stderr: likewise, with `err`; `subprocess.STDOUT` means stdout's.
+        pass_fds: descriptors that it keeps open, under whatever number.
+        start_new_session: if not, it belongs to the process group of who starts it.
+        fork_children: `bov` commands that it starts itself (ranks, runs of a sweep) are forked as
+            well, from what it was before it did anything.
+    """
+
+    def __init__(
+        self, *arguments: Any, cwd: Path | None = None, env: dict[str, str] | None = None,
+        stdin=None, stdout=None, stderr=None, pass_fds: tuple[int, ...] = (),
+        start_new_session: bool = True, fork_children: bool = False,
+    ):  # fmt: skip
+        self.args = ["bov", *map(str, arguments)]
+        self.returncode: int | None = None
+        self._is_leader = start_new_session
+        self._kept = [
+            tempfile.TemporaryFile() if file is None else None  # noqa: SIM115
+            for file in (stdout, stderr)
+        ]
+        stdout = self._kept[0] or stdout
+        stderr = self._kept[1] or (stdout if stderr == subprocess.STDOUT else stderr)
+        request = {
+            "arguments": self.args[1:], "cwd": str(cwd or Path.cwd()),
+            "environment": dict(os.environ if env is None else env),
+            "start_new_session": start_new_session, "fork_children": fork_children,
+        }  # fmt: skip
+        self._status, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs, open(os.devnull, "rb") as empty:
+            files = (theirs, empty if stdin is None else stdin, stdout, stderr, *pass_fds)
+            _ask(request, [file if isinstance(file, int) else file.fileno() for file in files])
+        self.pid = int(self._status.recv(32))
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs."""
+        if self.returncode is None and select.select([self._status], [], [], 0)[0]:
+            self.returncode = int(self._status.recv(32))
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code; negative for a signal."""
+        if self.returncode is None:
+            select.select([self._status], [], [], timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.returncode
+
+    def communicate(self, input: None = None, timeout: float | None = None) -> tuple:
+        """Waits; stdout and stderr, where it was not given a file for them."""
+        self.wait(timeout)
+        return tuple(self._read(i) if self._kept[i] else None for i in (0, 1))
+
+    def send_signal(self, number: int) -> None:
+        """To the process alone."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL, to its whole process group if it has one of its own."""
+        if self.poll() is None:
+            (os.killpg if self._is_leader else os.kill)(self.pid, signal.SIGKILL)
+
+    @property
+    def out(self) -> str:
+        """What it has written to stdout so far."""
+        return self._read(0)
+
+    @property
+    def err(self) -> str:
+        """What it has written to stderr so far."""
+        return self._read(1)
+
+    def _read(self, which: int) -> str:
+        file = self._kept[which].fileno()
+        # The position in the file is the process's.
+        return os.pread(file, os.fstat(file).st_size, 0).decode(errors="replace")
+
+    def __enter__(self) -> "Bov":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.kill()
+        self.wait()
+        self._status.close()
+        for file in filter(None, self._kept):
+            file.close()
+
+
+def bov(*arguments: Any, check: bool = False, **options) -> subprocess.CompletedProcess:
+    """Runs a command to its end, as `subprocess.run` does with `capture_output`."""
+    with Bov(*arguments, **options) as process:
+        out, err = process.communicate()
+    assert not check or process.returncode == 0, f"{process.args}: {process.returncode}\n{err}"
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+_server: socket.socket | None = None
+_environment = dict(os.environ)
+
+
+def _ask(request: dict, files: list[int]) -> None:
+    global _server
+    if _server is None:
+        _server, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            subprocess.Popen(
+                [sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL, start_new_session=True, env=_environment,
+            )  # fmt: skip
+    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))
+    _server.sendmsg([pickle.dumps(request)], [rights])
+
+
+class _Popen(subprocess.Popen):
+    """Takes the place of `subprocess.Popen` in a command whose children are to be forked."""
+
+    def __new__(cls, command, **options):
+        if isinstance(command, str) or command[:2] != [sys.executable, "-m"]:
+            return super().__new__(cls)
+        if command[2] not in PROGRAMS:
+            return super().__new__(cls)
+        given = {"stdin": 0, "stdout": 1, "stderr": 2, "start_new_session": False} | options
+        assert set(given) <= {"stdin", "stdout", "stderr", "start_new_session", "env", "cwd",
+                              "pass_fds"}  # fmt: skip
+        if given["stdin"] == subprocess.DEVNULL:
+            given["stdin"] = None
+        return Bov(*command[3:], fork_children=True, **given)
+
+
+def _serve(control: socket.socket) -> None:
+    """Answers requests until nobody can ask any more; returns in every command's process."""
+    global _server
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        message, files, _, _ = socket.recv_fds(control, 2**20, 100)
+        if not message:
+            os._exit(0)
+        if os.fork() == 0:
+            break
+        for file in files:
+            os.close(file)
+    control.close()
+    # This process waits for the command's end, and tells.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if pid := os.fork():
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        os.write(files[0], b"%d" % code)
+        os._exit(0)
+    request = pickle.loads(message)
+    if request["start_new_session"]:
+        os.setsid()
+    if request["fork_children"]:
+        _server, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if os.fork() == 0:
+            _server.close()
+            for file in files:
+                os.close(file)
+            return _serve(theirs)
+        theirs.close()
+        subprocess.Popen = _Popen
+    status, *standard = files[:4]
+    for target, file in enumerate(standard):
+        os.dup2(file, target)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    sys.path[0] = request["cwd"]
+    sys.argv[1:] = request["arguments"]
+    # What an interpreter decides when it starts.
+    sys.stdout.reconfigure(line_buffering=os.isatty(1))
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.write(status, b"%d" % os.getpid())
+    for file in files[:4]:
+        os.close(file)
+    return None
+
+
+if __name__ == "__main__":
+    for name in PRELOADED:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+    _serve(socket.socket(fileno=int(sys.argv[1])))
+    runpy.run_module("bov_lightning.cli", run_name="__main__", alter_sys=True)
