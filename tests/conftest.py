@@ -1,7 +1,9 @@
 """What all tests share: one thread, the reference folder where it is there, and a tiny recipe."""
 
+import contextlib
 import json
 import os
+import shutil
 import sysconfig
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 import yaml
 from leftovers import no_process_left  # noqa: F401 (a fixture of every test)
 
+from bov_lightning.cli import main
 from data_modules.sources import cut_at_lines
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -104,3 +107,19 @@ def tiny_recipe(tiny_settings, workplace) -> Path:
     path = workplace / "tiny.yaml"
     path.write_text(yaml.safe_dump(tiny_settings, sort_keys=False))
     return path
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_settings, tmp_path_factory) -> Path:
+    """The tiny recipe's run, for tests that need some run; nobody writes to it."""
+    folder = tmp_path_factory.mktemp("trained")
+    with contextlib.chdir(folder):
+        Path("tiny.yaml").write_text(yaml.safe_dump(tiny_settings, sort_keys=False))
+        assert main(["fit", "--config", "tiny.yaml"]) == 0
+    return folder / "runs" / "tiny"
+
+
+@pytest.fixture
+def tiny_run(trained, workplace) -> Path:
+    """A copy of that run where `bov fit` would have left it; with `tiny_recipe` it goes on."""
+    return shutil.copytree(trained, Path("runs/tiny"))

@@ -10,9 +10,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from forks import Bov
 from runs import newest
 
 from bov_lightning.checkpoint.directory import complete_checkpoints
@@ -28,19 +31,26 @@ class Series:
     before_first_step: int = 0
 
 
-def kill_series(command: list[str], run: Path, n_kill: int, seed: int = 0) -> Series:
-    """Starts the command, kills its whole process group at a random moment, and again; lets it end.
+def kill_series(
+    start: Callable[[], subprocess.Popen | Bov], run: Path, n_kill: int, seconds: float = 10,
+    seed: int = 0,
+) -> Series:  # fmt: skip
+    """Starts the run, kills its whole process group at a random moment, and again; lets it end.
 
     Ends early where the run does. Every second kill waits until a save has begun. A run must never
     fall behind the newest checkpoint that it had, nor lose it.
+
+    Args:
+        start: starts the run's command as the leader of a process group.
+        run: its directory.
+        n_kill: how often.
+        seconds: in which a kill comes at first, later 3 more than the last run took to its death.
+        seed: of the moments.
     """
-    series, chance, seconds = Series(), random.Random(seed), 10.0
+    series, chance, least = Series(), random.Random(seed), min(seconds, 3)
     while series.n_kill < n_kill:
         before, started = newest(run), time.monotonic()
-        process = subprocess.Popen(
-            command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            text=True,
-        )  # fmt: skip
+        process = start()
         try:
             if series.n_kill % 2:
                 while not list((run / "checkpoints").glob(".*.partial")):
@@ -51,7 +61,7 @@ def kill_series(command: list[str], run: Path, n_kill: int, seed: int = 0) -> Se
                 time.sleep(chance.uniform(0, seconds))
             saving = bool(list((run / "checkpoints").glob(".*.partial")))
             if process.poll() is not None:
-                assert process.returncode == 0, process.stderr.read()
+                assert process.returncode == 0, process.communicate()
                 return series  # the run has come to its end
             os.killpg(process.pid, signal.SIGKILL)
         finally:
@@ -61,8 +71,10 @@ def kill_series(command: list[str], run: Path, n_kill: int, seed: int = 0) -> Se
         series.n_kill += 1
         series.during_save += saving
         series.before_first_step += "resuming" not in error and after == 0
-        seconds = max(3.0, min(seconds, time.monotonic() - started + 3))
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        seconds = max(least, min(seconds, time.monotonic() - started + 3))
+    last = start()
+    _, error = last.communicate()
+    assert last.returncode == 0, error
     return series
 
 
@@ -82,7 +94,11 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         common = [*start, *steps, *small, *sizes, "--run.root", folder]
-        series = kill_series([*common, "--run.name", "killed"], Path(folder) / "killed", n_kill)
+        killed = partial(
+            subprocess.Popen, [*common, "--run.name", "killed"], start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        series = kill_series(killed, Path(folder) / "killed", n_kill)
         assert series.n_kill == n_kill, f"the run ended after {series.n_kill} kills"
         subprocess.run([*common, "--run.name", "whole"], check=True)
         ends = [complete_checkpoints(Path(folder) / name)[-1] for name in ("whole", "killed")]
