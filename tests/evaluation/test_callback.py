@@ -1,17 +1,17 @@
 """Benchmarks during training: there when asked for, and without a trace in the training."""
 
+import contextlib
 import csv
 import json
-import os
-import subprocess
-import sys
-import time
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from forks import Bov, bov
+from runs import wait_for
 
 import bov_lightning
 from bov_lightning.checkpoint.directory import complete_checkpoints
@@ -22,21 +22,42 @@ from evaluation.results import read_results, step_directory
 TASKS = ["tiny_choice", "tiny_lm"]
 
 
-@pytest.fixture
-def recipe(tiny_settings, tasks_folder, workplace) -> Path:
-    """The tiny recipe, evaluated every 2 of its 8 steps."""
+def write_recipe(tiny_settings: dict, tasks_folder: Path) -> Path:
     section = {
         "tasks": TASKS, "every_steps": 2, "data_dir": str(tasks_folder),
         "include_path": str(tasks_folder),
     }  # fmt: skip
-    path = workplace / "evaluated.yaml"
+    path = Path("evaluated.yaml").absolute()
     path.write_text(yaml.safe_dump({**tiny_settings, "evaluation": section}))
     return path
+
+
+@pytest.fixture
+def recipe(tiny_settings, tasks_folder, workplace) -> Path:
+    """The tiny recipe, evaluated every 2 of its 8 steps."""
+    return write_recipe(tiny_settings, tasks_folder)
 
 
 def fit(recipe: Path, name: str, *options: str) -> Path:
     assert main(["fit", "--config", str(recipe), "--run.name", name, *options]) == 0
     return Path("runs") / name
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_settings, tasks_folder, tmp_path_factory) -> Path:
+    """The recipe's run, which nothing disturbs and nobody writes to."""
+    with contextlib.chdir(tmp_path_factory.mktemp("straight")):
+        return fit(write_recipe(tiny_settings, tasks_folder), "run").resolve()
+
+
+@pytest.fixture
+def run(straight, workplace) -> Path:
+    """A copy of that run, where it would have been trained."""
+    return shutil.copytree(straight, Path("runs/run"))
+
+
+def claims_of(run: Path, step: int) -> list[Path]:
+    return list(run.glob(f"eval/claims/step-{step:08d}-*"))
 
 
 def evaluated_steps(run: Path) -> dict[int, int]:
@@ -89,8 +110,7 @@ def test_evaluation_leaves_no_trace_in_the_training(recipe, capsys):
 
 
 @pytest.mark.slow
-def test_results_are_those_of_the_checkpoint(recipe, tasks_folder, capsys):
-    run = fit(recipe, "run")
+def test_results_are_those_of_the_checkpoint(run, tasks_folder):
     (during,) = read_results(step_directory(run, 4))
     options = ["--data-dir", str(tasks_folder), "--include-path", str(tasks_folder)]
     checkpoint = str(run / "checkpoints" / "step-00000004")
@@ -103,8 +123,7 @@ def test_results_are_those_of_the_checkpoint(recipe, tasks_folder, capsys):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_repeats_no_evaluation(recipe):
-    run = fit(recipe, "run")
+def test_a_resumed_run_repeats_no_evaluation(recipe, run):
     whole = {path: path.stat().st_mtime_ns for path in (run / "eval").rglob("results_*")}
     for path in complete_checkpoints(run)[2:]:
         path.rename(path.with_name(f".{path.name}.partial"))
@@ -115,18 +134,12 @@ def test_a_resumed_run_repeats_no_evaluation(recipe):
 
 
 @pytest.mark.slow
-def test_an_evaluation_killed_half_way_is_made_up_for(recipe):
+def test_an_evaluation_killed_half_way_is_made_up_for(recipe, straight):
     """Killed in the evaluation at step 4, whose checkpoint is written; and in the last one."""
-    straight = fit(recipe, "straight")
-    command = [sys.executable, "-m", "bov_lightning.cli", "fit", "--config", str(recipe)]
     run = Path("runs/killed")
     for step in (4, 8):
-        process = subprocess.Popen([*command, "--run.name", "killed"], stderr=subprocess.DEVNULL)
-        while not list(run.glob(f"eval/claims/step-{step:08d}-*")):
-            assert process.poll() is None
-            time.sleep(0.002)
-        process.kill()
-        process.wait()
+        with Bov("fit", "--config", recipe, "--run.name", "killed") as process:
+            wait_for(lambda step=step: claims_of(run, step), process)
     fit(recipe, "killed")
     assert evaluated_steps(run) == evaluated_steps(straight) == {2: 1, 4: 1, 6: 1, 8: 1}
     assert_same_training(straight, run)
@@ -140,9 +153,8 @@ def test_an_evaluation_killed_half_way_is_made_up_for(recipe):
 @pytest.mark.distributed
 def test_two_processes_find_what_one_finds(recipe):
     one = fit(recipe, "one", "--model.budget.steps", "2")
-    command = [sys.executable, "-m", "bov_lightning.cli", "fit", "--config", str(recipe)]
-    command += ["--run.name", "two", "--trainer.devices", "2", "--model.budget.steps", "2"]
-    subprocess.run(command, check=True, env=os.environ, capture_output=True)
+    options = ["--run.name", "two", "--trainer.devices", "2", "--model.budget.steps", "2"]
+    bov("fit", "--config", recipe, *options, fork_children=True, check=True)
     (found,), (expected,) = (
         read_results(step_directory(run, 2)) for run in (Path("runs/two"), one)
     )
@@ -188,24 +200,20 @@ def test_heldout_tasks_are_made_of_the_documents(tokenizer, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", ["1", "2"])
-def test_preempted_evaluation_is_made_up_for_where_it_was(devices, recipe):
+def test_preempted_evaluation_is_made_up_for_where_it_was(devices, recipe, straight):
     """A signal during the evaluation at step 4, which is no multiple of the checkpoints'."""
-    straight = fit(recipe, "straight")
-    command = [sys.executable, "-m", "bov_lightning.cli", "fit", "--config", str(recipe)]
+    command = ["fit", "--config", str(recipe)]
     command += ["--run.name", "told", "--trainer.devices", devices, "--checkpoint.every_steps", "3"]
     # One row per forward, so that there is time for a signal.
     command += ["--evaluation.tokens_per_forward", "1"]
     run = Path("runs/told")
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not list(run.glob("eval/claims/step-00000004-*")):
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.terminate()
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 143, err
+    with Bov(*command, fork_children=True) as process:
+        wait_for(lambda: claims_of(run, 4), process)
+        process.terminate()
+        assert process.wait() == 143, process.err
     if not read_results(step_directory(run, 4)):  # else it was finished before the signal came
         assert complete_checkpoints(run)[-1].name == "step-00000004"
-    subprocess.run(command, check=True)
+    bov(*command, fork_children=True, check=True)
     assert evaluated_steps(run) == {2: 1, 4: 1, 6: 1, 8: 1}
     if devices == "1":
         assert_same_training(straight, run)

@@ -1,9 +1,9 @@
 """Watchers beside a run: every checkpoint evaluated once, whoever dies."""
 
+import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forks import Bov
+from runs import wait_for
 
 from bov_lightning.checkpoint.directory import complete_checkpoints
 from bov_lightning.cli import main
@@ -22,12 +24,6 @@ from evaluation.watch import Watcher, last_step
 
 TASKS = ("tiny_choice", "tiny_schema")
 SETTINGS = {"tasks": sorted(TASKS), "max_per_task": None, "time_limit": None}
-
-
-@pytest.fixture
-def finished_run(tiny_recipe) -> Path:
-    assert main(["fit", "--config", str(tiny_recipe)]) == 0
-    return Path("runs/tiny")
 
 
 def watch_command(run: Path, tasks_folder: Path) -> list[str]:
@@ -51,6 +47,16 @@ def assert_every_step_once(run: Path) -> None:
     assert not list((run / "eval" / "claims").iterdir())
 
 
+def claimant(run: Path) -> int | None:
+    """The process that has claimed a step."""
+    for path in (run / "eval" / "claims").glob("step-*"):
+        with contextlib.suppress(FileNotFoundError):
+            text = path.read_text()
+            if text.endswith("}"):
+                return json.loads(text)["pid"]
+    return None
+
+
 def logged_steps(run: Path) -> list[int]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -59,15 +65,13 @@ def logged_steps(run: Path) -> list[int]:
 
 
 @pytest.mark.slow
-def test_watcher_evaluates_every_checkpoint_and_ends_with_the_run(
-    finished_run, tasks_folder, capsys
-):
-    assert last_step(finished_run) == 8
-    assert main(watch_command(finished_run, tasks_folder)) == 0
-    assert_every_step_once(finished_run)
-    assert logged_steps(finished_run) == [2, 4, 6, 8]
-    times = {p: p.stat().st_mtime_ns for p in (finished_run / "eval").rglob("results_*")}
-    assert main(watch_command(finished_run, tasks_folder)) == 0
+def test_watcher_evaluates_every_checkpoint_and_ends_with_the_run(tiny_run, tasks_folder, capsys):
+    assert last_step(tiny_run) == 8
+    assert main(watch_command(tiny_run, tasks_folder)) == 0
+    assert_every_step_once(tiny_run)
+    assert logged_steps(tiny_run) == [2, 4, 6, 8]
+    times = {p: p.stat().st_mtime_ns for p in (tiny_run / "eval").rglob("results_*")}
+    assert main(watch_command(tiny_run, tasks_folder)) == 0
     assert {p: p.stat().st_mtime_ns for p in times} == times
     capsys.readouterr()
 
@@ -75,69 +79,51 @@ def test_watcher_evaluates_every_checkpoint_and_ends_with_the_run(
 @pytest.mark.slow
 def test_watcher_started_before_the_run_follows_it(tiny_recipe, tasks_folder):
     run = Path("runs/tiny")
-    command = [sys.executable, "-m", "bov_lightning.cli", *watch_command(run, tasks_folder)]
-    watcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
+    with Bov(*watch_command(run, tasks_folder)) as watcher:
         assert main(["fit", "--config", str(tiny_recipe)]) == 0
-        _, err = watcher.communicate(timeout=120)
-    finally:
-        watcher.kill()
-    assert watcher.returncode == 0, err
+        assert watcher.wait(120) == 0, watcher.err
     assert_every_step_once(run)
 
 
 @pytest.mark.slow
-def test_two_watchers_one_killed_in_the_middle_of_a_task(finished_run, tasks_folder):
-    command = [sys.executable, "-m", "bov_lightning.cli"]
-    command += watch_command(finished_run, tasks_folder)
-    first, second = (subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in range(2))
-    try:
-        directory, owner = finished_run / "eval" / "claims", None
-        while owner not in (first.pid, second.pid):
-            for path in directory.glob("step-*"):
-                text = path.read_text() if path.is_file() else ""
-                owner = json.loads(text)["pid"] if text.endswith("}") else owner
-            assert first.poll() is None
-            assert second.poll() is None
-            time.sleep(0.001)
+def test_two_watchers_one_killed_in_the_middle_of_a_task(tiny_run, tasks_folder):
+    command = watch_command(tiny_run, tasks_folder)
+    with Bov(*command) as first, Bov(*command) as second:
+        owner = wait_for(lambda: claimant(tiny_run), first, second)
         killed, other = (first, second) if owner == first.pid else (second, first)
-        killed.send_signal(signal.SIGKILL)
+        assert owner == killed.pid
+        killed.kill()
         killed.wait()
         assert other.wait(timeout=120) == 0
-    finally:
-        for process in (first, second):
-            process.kill()
-    assert_every_step_once(finished_run)
+    assert_every_step_once(tiny_run)
 
 
 @pytest.mark.slow
-def test_sigterm_ends_a_watcher_and_gives_its_claim_up(finished_run, tasks_folder):
-    command = [sys.executable, "-m", "bov_lightning.cli"]
-    command += watch_command(finished_run, tasks_folder)
+def test_sigterm_ends_a_watcher_and_gives_its_claim_up(tiny_run, tasks_folder):
+    """Of an interpreter that imports what it needs, as outside of tests."""
+    command = [sys.executable, "-m", "bov_lightning.cli", *watch_command(tiny_run, tasks_folder)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not list(finished_run.glob("eval/claims/step-*")):
-        assert process.poll() is None
-        time.sleep(0.001)
+    wait_for(lambda: list(tiny_run.glob("eval/claims/step-*")), process)
     process.terminate()
     _, err = process.communicate(timeout=60)
     assert process.returncode in (143, 0), err  # 0: it had just finished
-    assert not list(finished_run.glob("eval/claims/step-*"))
-    assert main(watch_command(finished_run, tasks_folder)) == 0
-    assert_every_step_once(finished_run)
+    assert not list(tiny_run.glob("eval/claims/step-*"))
+    assert main(watch_command(tiny_run, tasks_folder)) == 0
+    assert_every_step_once(tiny_run)
 
 
 def make_watcher(run: Path, evaluate, lines: list[str]) -> Watcher:
     return Watcher(run, SETTINGS, evaluate, lines.append, poll_s=0.05)
 
 
-def test_checkpoint_that_vanishes_while_it_is_read(finished_run, tasks_folder):
+def test_checkpoint_that_vanishes_while_it_is_read(tiny_run, tasks_folder):
     from dataclasses import replace
 
     from evaluation.command import Command
 
     lines: list[str] = []
     command = Command({
-        "checkpoint": str(finished_run), "tasks": list(TASKS), "max_per_task": None,
+        "checkpoint": str(tiny_run), "tasks": list(TASKS), "max_per_task": None,
         "data_dir": str(tasks_folder), "include_path": str(tasks_folder), "time_limit": None,
         "tokens_per_forward": 8192, "device": "cpu", "dtype": "float32",
     })  # fmt: skip
@@ -148,20 +134,20 @@ def test_checkpoint_that_vanishes_while_it_is_read(finished_run, tasks_folder):
             shutil.rmtree(checkpoint)
         return command._evaluate(str(checkpoint))
 
-    make_watcher(finished_run, evaluate, lines).watch()
+    make_watcher(tiny_run, evaluate, lines).watch()
     assert any("step 4: the checkpoint was removed while it was read" in line for line in lines)
-    assert [is_done(step_directory(finished_run, s), SETTINGS) for s in (2, 4, 6, 8)] == [
+    assert [is_done(step_directory(tiny_run, s), SETTINGS) for s in (2, 4, 6, 8)] == [
         True, False, True, True
     ]  # fmt: skip
 
 
-def test_an_error_of_the_evaluation_is_not_taken_for_a_removed_checkpoint(finished_run):
+def test_an_error_of_the_evaluation_is_not_taken_for_a_removed_checkpoint(tiny_run):
     def evaluate(checkpoint: Path) -> dict:
         raise UserError("no such data")
 
     with pytest.raises(UserError, match="no such data"):
-        make_watcher(finished_run, evaluate, []).watch()
-    assert not list((finished_run / "eval" / "claims").iterdir())
+        make_watcher(tiny_run, evaluate, []).watch()
+    assert not list((tiny_run / "eval" / "claims").iterdir())
 
 
 def test_only_one_of_many_gets_a_claim(tmp_path):
@@ -217,15 +203,15 @@ def test_claims_of_the_dead_are_taken_over_once(tmp_path):
     assert claims.take(tmp_path, "step-1").generation == 1
 
 
-def test_mistakes(finished_run, capsys, tasks_folder):
-    checkpoint = str(complete_checkpoints(finished_run)[0])
+def test_mistakes(tiny_run, capsys, tasks_folder):
+    checkpoint = str(complete_checkpoints(tiny_run)[0])
     for options, message in (
         ([checkpoint, "--watch"], "--watch takes a run directory"),
-        ([str(finished_run), "--watch", "--output", "x"], "leave --compare and --output away"),
+        ([str(tiny_run), "--watch", "--output", "x"], "leave --compare and --output away"),
     ):
         assert main(["evaluate", *options, "--tasks", "tiny_choice"]) == 2
         assert message in capsys.readouterr().err
-    broken = finished_run / "config.yaml"
+    broken = tiny_run / "config.yaml"
     broken.write_text(yaml.safe_dump({"modle": {}}))
-    assert main(watch_command(finished_run, tasks_folder)) == 2
+    assert main(watch_command(tiny_run, tasks_folder)) == 2
     assert "did you mean model" in capsys.readouterr().err

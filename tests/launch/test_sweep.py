@@ -1,16 +1,14 @@
 """`bov sweep`: real runs in processes of their own, killed, stopped and continued."""
 
 import csv
-import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
-from runs import assert_same_end, fit
+from forks import Bov, bov
+from runs import assert_same_end, fit, wait_for
 
 from bov_lightning.checkpoint.directory import complete_checkpoints
 from bov_lightning.cli import main
@@ -19,19 +17,10 @@ VALUES = ("standard", "bov", "first_layer")
 RUNS = [Path("runs") / f"tiny-{value}-seed0" for value in VALUES]
 
 
-def start(recipe: Path, *options: str) -> subprocess.Popen:
-    """A sweep in a process group of its own."""
-    command = [sys.executable, "-m", "bov_lightning.cli", "sweep", "--config", str(recipe)]
-    return subprocess.Popen(
-        [*command, "--values", ",".join(VALUES), "--jobs", "2", *options], start_new_session=True,
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def wait_for_a_checkpoint(process: subprocess.Popen) -> None:
-    while not any(complete_checkpoints(run) for run in RUNS):
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.05)
+def start(recipe: Path, *options: str) -> Bov:
+    """A sweep in a process group of its own; its runs are forks, too."""
+    command = ["sweep", "--config", str(recipe), "--values", ",".join(VALUES), "--jobs", "2"]
+    return Bov(*command, *options, stderr=subprocess.STDOUT, fork_children=True)
 
 
 def last_bpb(run: Path) -> float:
@@ -52,8 +41,8 @@ def test_a_sweep_that_was_interrupted_ends_as_if_it_had_not_been(tiny_recipe, nu
     """After SIGKILL the runs themselves go on, and the next sweep must not train them twice."""
     steps = ["--model.budget.steps", "12"]
     process = start(tiny_recipe, *steps)
-    wait_for_a_checkpoint(process)
-    os.kill(process.pid, number)
+    wait_for(lambda: any(complete_checkpoints(run) for run in RUNS), process)
+    process.send_signal(number)
     said, _ = process.communicate(timeout=120)
     codes = {signal.SIGKILL: -9, signal.SIGINT: 130}
     assert process.returncode == codes[number], said
@@ -80,25 +69,24 @@ def test_a_sweep_that_was_interrupted_ends_as_if_it_had_not_been(tiny_recipe, nu
 
 
 @pytest.mark.slow
-def test_finished_runs_are_skipped_and_failed_ones_do_not_hold_up_the_others(
-    tiny_recipe, capfd, monkeypatch
-):
+def test_finished_runs_are_skipped_and_failed_ones_do_not_hold_up_the_others(tiny_recipe):
     broken = Path("broken.yaml")
     broken.write_text(
         yaml.safe_dump({"model": {"config": {"window_pattern": "L"}}, "trainer": {"devices": "x"}})
     )
     arguments = ["sweep", "--config", str(tiny_recipe), "--values", f"{broken},standard"]
-    assert main(arguments) == 2
-    error = capfd.readouterr().err.splitlines()[-1]
+    result = bov(*arguments, fork_children=True)
+    assert result.returncode == 2
+    error = result.stderr.splitlines()[-1]
     assert "1 of 2 runs failed" in error
     assert "runs/tiny-broken-seed0/sweep.log" in error
     standard = Path("runs/tiny-standard-seed0")
     assert (standard / "checkpoints" / "step-00000008").is_dir()
 
     before = (standard / "sweep.log").read_text()
-    assert main(["sweep", "--config", str(tiny_recipe), "--values", "standard"]) == 0
+    again = bov("sweep", "--config", tiny_recipe, "--values", "standard", check=True)
     assert (standard / "sweep.log").read_text() == before
-    assert "finished" in capfd.readouterr().out
+    assert "finished" in again.stdout
 
 
 def plan(recipe: Path, capsys, *options: str) -> list[list[str]]:
@@ -138,6 +126,7 @@ def test_mistakes_are_named_before_anything_is_trained(tiny_recipe, capsys, opti
 
 @pytest.mark.slow
 def test_a_run_of_that_name_with_other_settings_is_refused(tiny_recipe, capsys):
+    """Its one run is trained by an interpreter of its own, as outside of tests."""
     arguments = ["sweep", "--config", str(tiny_recipe), "--values", "bov"]
     assert main([*arguments, "--model.budget.steps", "2"]) == 0
     assert (
