@@ -21,6 +21,13 @@ def fit(recipe: Path, *options: str) -> Path:
     return Path("runs") / name
 
 
+def die_after(run: Path, step: int) -> None:
+    """As if the job had been killed just after that checkpoint: later ones are half written."""
+    for path in complete_checkpoints(run):
+        if step_of(path) > step:
+            path.rename(path.with_name(f".{path.name}.partial"))
+
+
 def final_state(run: Path) -> tuple[dict, dict]:
     """Weights and optimizer state of the newest checkpoint, whole."""
     newest = complete_checkpoints(run)[-1]

@@ -66,6 +66,8 @@ def kill_series(
             os.killpg(process.pid, signal.SIGKILL)
         finally:
             _, error = process.communicate()
+        if before and series.n_kill % 2:
+            assert f"resuming {run} from step {before} " in error
         after = newest(run)
         assert after >= before, f"step {before} was complete, and now {after} is the newest"
         series.n_kill += 1

@@ -1,17 +1,17 @@
 """What every value variant does besides computing logits: FLOPs, training, resuming, sharing."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from optim.test_sharded import SIZES, check_same_training, train_and_save
 from processes import in_processes
-from runs import assert_same_end, fit
+from runs import assert_same_end, die_after, fit
 from torch.utils.flop_counter import FlopCounterMode
 from variants import OVERLAYS, PATHS, make_model, mostly_slow, perturb, token_ids
 
 import bov_lightning
-from bov_lightning.checkpoint.directory import complete_checkpoints
 from bov_lightning.model.config import TransformerConfig, ValueConfig
 from bov_lightning.optim.config import OptimizerConfig
 from bov_lightning.optim.groups import build_groups
@@ -68,13 +68,11 @@ def test_planned_parameters_and_caches_are_the_real_ones(name):
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_a_resumed_run_ends_as_an_undisturbed_one(name, tiny_recipe):
     overlay = ("--config", str(PATHS[name]))
-    whole = fit(tiny_recipe, *overlay, "--run.name", "whole")
-    fit(tiny_recipe, *overlay, "--run.name", "parts")
-    parts = Path("runs/parts")
-    for path in complete_checkpoints(parts)[2:]:
-        path.rename(path.with_name(f".{path.name}.partial"))
-    fit(tiny_recipe, *overlay, "--run.name", "parts")
-    assert_same_end(whole, parts)
+    parts = fit(tiny_recipe, *overlay)
+    whole = shutil.copytree(parts, "whole")
+    die_after(parts, 4)
+    fit(tiny_recipe, *overlay)
+    assert_same_end(Path(whole), parts)
     model, _ = bov_lightning.load(parts)
     ids, cache = token_ids(20, vocab_size=300), model.new_cache(2, 20)
     with torch.inference_mode():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,15 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY
+from forks import bov
 
-from bov_lightning.checkpoint.directory import MARKER, file_facts, list_files, write_marker
+from bov_lightning.checkpoint.directory import (
+    MARKER,
+    complete_checkpoints,
+    file_facts,
+    list_files,
+    write_marker,
+)
 from bov_lightning.cli import main
 
 
@@ -93,11 +101,9 @@ def test_empty_and_unreadable_corpora_leave_nothing_behind(tiny_settings, workpl
         assert tree(workplace) == before
 
 
-def test_another_architecture_is_refused(tiny_recipe, capsys, workplace):
-    assert main(["fit", "--config", str(tiny_recipe), "--model.budget.steps", "2"]) == 0
-    config = workplace / "runs/tiny/checkpoints/step-00000002/config.yaml"
+def test_another_architecture_is_refused(tiny_run, capsys):
+    config = tiny_run / "checkpoints/step-00000008/config.yaml"
     config.write_text(config.read_text().replace("d_model: 32", "d_model: 64"))
-    capsys.readouterr()
     for command in (["validate", "runs/tiny"], ["generate", "runs/tiny"]):
         line = refused(capsys, command)
         assert "another architecture" in line
@@ -140,10 +146,10 @@ def declare_complete(checkpoint: Path) -> None:
     write_marker(checkpoint, 2, file_facts(checkpoint, list_files(checkpoint)))
 
 
-def test_files_from_strangers_run_no_code(tiny_recipe, workplace, capsys):
-    assert main(["fit", "--config", str(tiny_recipe), "--model.budget.steps", "2"]) == 0
-    checkpoint = workplace / "runs/tiny/checkpoints/step-00000002"
-    capsys.readouterr()
+def test_files_from_strangers_run_no_code(tiny_recipe, tiny_run, workplace, capsys):
+    checkpoint, *others = complete_checkpoints(tiny_run)
+    for path in others:
+        shutil.rmtree(path)
 
     theirs = workplace / "theirs"
     theirs.mkdir()
@@ -203,10 +209,7 @@ def test_full_disk_is_one_line_and_leaves_no_half_checkpoint(tiny_recipe, workpl
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root")
     try:
-        command = [sys.executable, "-m", "bov_lightning.cli", "fit", "--config", str(tiny_recipe)]
-        result = subprocess.run(
-            [*command, "--run.root", str(disk)], capture_output=True, text=True, check=False
-        )
+        result = bov("fit", "--config", tiny_recipe, "--run.root", disk)
         assert result.returncode == 2
         assert "Traceback" not in result.stderr
         last = result.stderr.splitlines()[-1]

@@ -8,10 +8,10 @@ import math
 import os
 import pty
 import select
+import shutil
 import signal
 import struct
 import subprocess
-import sys
 import termios
 import time
 from io import StringIO
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forks import Bov, bov
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -190,10 +191,9 @@ def metrics(run: str) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_lines_say_the_difference_to_the_reference(tiny_recipe, capsys):
+def test_lines_say_the_difference_to_the_reference(tiny_recipe, trained, capsys):
     """The same recipe with another seed; the same numbers from both runs' files."""
-    assert main(["fit", "--config", str(tiny_recipe), "--run.name", "first"]) == 0
-    capsys.readouterr()
+    shutil.copytree(trained, "runs/first")
     options = ["--seed", "1", "--run.name", "second", "--run.reference", "first"]
     assert main(["fit", "--config", str(tiny_recipe), *options]) == 0
     error = capsys.readouterr().err
@@ -208,9 +208,6 @@ def test_lines_say_the_difference_to_the_reference(tiny_recipe, capsys):
     error = capsys.readouterr().err
     assert error.count("warning: run.reference runs/first: its validation.tokens is 640") == 1
     assert " to first" not in error
-
-
-BOV = [sys.executable, "-m", "bov_lightning.cli"]
 
 
 def logger(name: str, **arguments) -> dict:
@@ -250,8 +247,8 @@ def test_weights_and_biases_works_offline(tiny_settings, workplace, monkeypatch)
     for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(workplace))
     offline = logger("WandbLogger", project="bov", offline=True, save_dir="wb")
-    command = [*BOV, "fit", "--config", with_loggers(tiny_settings, offline)]
-    subprocess.run(command, check=True)  # its file is whole when the process has ended
+    # Its file is whole when the process has ended.
+    bov("fit", "--config", with_loggers(tiny_settings, offline), check=True)
     own = {row["step"]: row for row in metrics("tiny")}
     (path,) = Path("wb").rglob("*.wandb")
     data = path.read_bytes()
@@ -273,11 +270,8 @@ class Terminal:
         # What would count for more than the terminal's own size and kind.
         told = ("FORCE_COLOR", "COLUMNS", "LINES")
         environment = {name: os.environ[name] for name in os.environ if name not in told}
-        self.process = subprocess.Popen(
-            [*BOV, *arguments],
-            stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-            env=environment | {"TERM": "xterm-256color"},
-        )  # fmt: skip
+        environment["TERM"] = "xterm-256color"
+        self.process = Bov(*arguments, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
         os.close(theirs)
 
     def resize(self, columns: int, lines: int) -> None:
@@ -321,8 +315,8 @@ def shown(text: str, label: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("columns", [60, 120])
-def test_a_run_in_a_terminal(tiny_recipe, columns):
-    assert main(["fit", "--config", str(tiny_recipe), "--run.name", "first"]) == 0
+def test_a_run_in_a_terminal(tiny_recipe, trained, columns):
+    shutil.copytree(trained, "runs/first")
     arguments = ["fit", "--config", str(tiny_recipe), "--run.reference", "first", "--seed", "1"]
     with Terminal(columns, 40, *arguments, "--evaluation.tasks", "[heldout]") as terminal:
         terminal.read()

@@ -1,18 +1,24 @@
 """`bov fit` end to end on a tiny recipe: run directory, resume, kill, validate, generate."""
 
 import json
+import shutil
 import signal
-import subprocess
-import sys
-import time
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from runs import assert_close_to, assert_same_end, final_state, fit, metrics
+from forks import Bov, bov
+from runs import (
+    assert_close_to,
+    assert_same_end,
+    die_after,
+    final_state,
+    fit,
+    metrics,
+    wait_for,
+)
 
 import bov_lightning
 from bov_lightning.checkpoint.directory import (
@@ -43,22 +49,16 @@ def test_run_directory_tells_everything(tiny_recipe, capsys):
 
 
 @pytest.mark.slow
-def test_resolved_recipe_trains_the_same_model_again(tiny_recipe):
-    run = fit(tiny_recipe)
-    again = fit(run / "config.yaml", "--run.name", "again")
-    assert_same_end(run, again)
+def test_resolved_recipe_trains_the_same_model_again(tiny_run):
+    again = fit(tiny_run / "config.yaml", "--run.name", "again")
+    assert_same_end(tiny_run, again)
 
 
-def test_two_resumes_equal_none(tiny_recipe):
-    whole = fit(tiny_recipe)
-    parts = Path("runs/parts")
+def test_two_resumes_equal_none(tiny_recipe, trained, tiny_run):
+    whole, parts = trained, tiny_run
     for stop in (4, 6):
-        fit(tiny_recipe, "--run.name", "parts")
-        # As if the job had died just after the checkpoint at `stop`.
-        for path in complete_checkpoints(parts):
-            if int(path.name.removeprefix("step-")) > stop:
-                path.rename(path.with_name(f".{path.name}.partial"))
-    fit(tiny_recipe, "--run.name", "parts")
+        die_after(parts, stop)
+        fit(tiny_recipe)
     assert_same_end(whole, parts)
     assert metrics(whole).keys() == metrics(parts).keys()
     for step, row in metrics(whole).items():
@@ -82,14 +82,12 @@ def test_two_resumes_of_a_stream_equal_none(tiny_recipe, tiny_settings):
     """Prefetching in a worker process included, on another micro-batch in between."""
     source = json.dumps(tiny_settings["data"]["init_args"]["source"])
     options = (STREAMING[0], STREAMING[1].replace("SOURCE", source))
-    whole = fit(tiny_recipe, *options)
+    parts = fit(tiny_recipe, *options)
+    whole = shutil.copytree(parts, "whole")
     for stop in (4, 6):
-        parts = fit(tiny_recipe, *options, "--run.name", "parts")
-        for path in complete_checkpoints(parts):
-            if int(path.name.removeprefix("step-")) > stop:
-                path.rename(path.with_name(f".{path.name}.partial"))
-    fit(tiny_recipe, *options, "--run.name", "parts")
-    assert_same_end(whole, parts)
+        die_after(parts, stop)
+        fit(tiny_recipe, *options)
+    assert_same_end(Path(whole), parts)
 
 
 @pytest.mark.slow
@@ -124,8 +122,7 @@ def test_accumulation_may_change_between_resumes(tiny_recipe):
     slowly = ("--model.optimizer.matrix_lr", "1e-4", "--model.optimizer.embedding_lr", "1e-4")
     whole = fit(tiny_recipe, *slowly)
     parts = fit(tiny_recipe, "--run.name", "parts", "--batch.micro", "2", *slowly)
-    for path in complete_checkpoints(parts)[2:]:
-        path.rename(path.with_name(f".{path.name}.partial"))
+    die_after(parts, 4)
     fit(tiny_recipe, "--run.name", "parts", "--batch.micro", "8", *slowly)
     assert_close_to(whole, parts)
 
@@ -139,14 +136,13 @@ def test_two_processes_equal_one_and_continue_as_one(tiny_recipe, tiny_settings,
         source = json.dumps(tiny_settings["data"]["init_args"]["source"])
         options += [STREAMING[0], STREAMING[1].replace("SOURCE", source)]
     one = fit(tiny_recipe, *options, "--run.name", "one")
-    command = [sys.executable, "-m", "bov_lightning.cli", "fit", "--config", str(tiny_recipe)]
-    command += [*options, "--run.name", "two", "--trainer.devices", "2"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = ["fit", "--config", str(tiny_recipe), *options]
+    command += ["--run.name", "two", "--trainer.devices", "2"]
+    result = bov(*command, fork_children=streaming, check=True)
     two = Path("runs/two")
     assert f"val_bpb {float(metrics(two)[8]['val_bpb']):.4f}" in result.stdout
     assert_close_to(one, two)
-    for path in complete_checkpoints(two)[2:]:
-        path.rename(path.with_name(f".{path.name}.partial"))
+    die_after(two, 4)
     fit(tiny_recipe, *options, "--run.name", "two")
     assert_close_to(one, two)
     found, expected = (float(metrics(run)[8]["val_bpb"]) for run in (two, one))
@@ -154,8 +150,8 @@ def test_two_processes_equal_one_and_continue_as_one(tiny_recipe, tiny_settings,
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_not_trained_further(tiny_recipe, capsys):
-    run = fit(tiny_recipe)
+def test_a_finished_run_is_not_trained_further(tiny_recipe, tiny_run, capsys):
+    run = tiny_run
     before = final_state(run)[0]
     capsys.readouterr()
     fit(tiny_recipe)
@@ -168,9 +164,8 @@ def test_a_finished_run_is_not_trained_further(tiny_recipe, capsys):
 
 
 @pytest.mark.slow
-def test_resume_never_moves_the_old_run_aside(tiny_recipe, capsys):
-    run = fit(tiny_recipe)
-    fit(tiny_recipe, "--resume", "never", "--seed", "1")
+def test_resume_never_moves_the_old_run_aside(tiny_recipe, tiny_run, capsys):
+    run = fit(tiny_recipe, "--resume", "never", "--seed", "1")
     assert (Path("runs") / "tiny.old-1" / "config.yaml").is_file()
     assert yaml.safe_load((run / "config.yaml").read_text())["seed"] == 1
     assert "tiny.old-1" in capsys.readouterr().err
@@ -189,14 +184,11 @@ def test_loggers_keep_their_run_through_requeues(tmp_path):
     assert logger_run_id(tmp_path / "other", afresh=False) not in (first, afresh)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "value"),
     [("--model.config.d_model", "64"), ("--seed", "3"), ("--batch.tokens", "512")],
 )
-def test_another_recipe_does_not_resume_a_run(tiny_recipe, capsys, option, value):
-    fit(tiny_recipe)
-    capsys.readouterr()
+def test_another_recipe_does_not_resume_a_run(tiny_recipe, tiny_run, capsys, option, value):
     assert main(["fit", "--config", str(tiny_recipe), option, value]) == 2
     error = capsys.readouterr().err
     assert option[2:] in error
@@ -212,17 +204,15 @@ def test_keep_last_and_keep_every_prune_the_rest(tiny_recipe):
 
 
 @pytest.mark.slow
-def test_validate_repeats_the_run_and_every_path_means_the_newest_checkpoint(tiny_recipe, capsys):
-    run = fit(tiny_recipe)
-    expected = capsys.readouterr().out.split("\n")[0]
-    for path in (run, complete_checkpoints(run)[-1]):
+def test_validate_repeats_the_run_and_every_path_means_the_newest_checkpoint(tiny_run, capsys):
+    expected = f"val_bpb {float(metrics(tiny_run)[8]['val_bpb']):.4f}"
+    for path in (tiny_run, complete_checkpoints(tiny_run)[-1]):
         assert main(["validate", str(path)]) == 0
         assert capsys.readouterr().out.strip() == expected
 
 
-def test_a_checkpoint_can_be_copied_away(tiny_recipe, tmp_path):
-    run = fit(tiny_recipe)
-    checkpoint = complete_checkpoints(run)[-1]
+def test_a_checkpoint_can_be_copied_away(tiny_run, tmp_path):
+    checkpoint = complete_checkpoints(tiny_run)[-1]
     elsewhere = tmp_path / "elsewhere"
     checkpoint.rename(elsewhere)
     model, tokenizer = bov_lightning.load(elsewhere)
@@ -235,10 +225,8 @@ def test_a_checkpoint_can_be_copied_away(tiny_recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_generate_repeats_itself_and_greedy_follows_the_likeliest(tiny_recipe, capsys):
-    run = fit(tiny_recipe)
-    capsys.readouterr()
-    command = ["generate", str(run), "--prompt", "def ", "--max-new-tokens", "6"]
+def test_generate_repeats_itself_and_greedy_follows_the_likeliest(tiny_run, capsys):
+    command = ["generate", str(tiny_run), "--prompt", "def ", "--max-new-tokens", "6"]
     texts = []
     for options in ([], [], ["--temperature", "0"]):
         assert main([*command, *options]) == 0
@@ -246,7 +234,7 @@ def test_generate_repeats_itself_and_greedy_follows_the_likeliest(tiny_recipe, c
     assert texts[0] == texts[1]
     assert all(text.startswith("def ") for text in texts)
 
-    model, tokenizer = bov_lightning.load(run)
+    model, tokenizer = bov_lightning.load(tiny_run)
     ids = [tokenizer.bos_token_id, *tokenizer.encode("def ", add_special_tokens=False)]
     for _ in range(6):
         following = int(model(torch.tensor([ids]))[0, -1].argmax())
@@ -254,14 +242,6 @@ def test_generate_repeats_itself_and_greedy_follows_the_likeliest(tiny_recipe, c
             break
         ids.append(following)
     assert texts[2].rstrip("\n") == tokenizer.decode(ids[1:]).rstrip("\n")
-
-
-@pytest.mark.slow
-def test_value_sources_of_every_kind_train(tiny_recipe):
-    for source in ("context", "first_layer", "initial_embedding"):
-        run = fit(tiny_recipe, "--model.config.value.source", source, "--run.name", source)
-        model, _ = bov_lightning.load(run)
-        assert model.config.value.source == source
 
 
 @pytest.mark.slow
@@ -281,59 +261,19 @@ def test_bf16_and_windows_on_the_device_train_as_fp32_does(tiny_recipe, device):
 
 
 @pytest.mark.slow
-def test_recomputed_activations_change_nothing(tiny_recipe):
-    plain = fit(tiny_recipe)
+def test_recomputed_activations_change_nothing(tiny_recipe, trained):
     recomputed = fit(tiny_recipe, "--activation_checkpointing", "true", "--run.name", "recomputed")
-    assert_same_end(plain, recomputed)
-
-
-@pytest.mark.slow
-def test_a_run_killed_twice_ends_like_one_that_was_not(tiny_recipe):
-    """kill -9 after a checkpoint, the same command again, once more, and a last time to the end."""
-    longer = ["--model.budget.steps", "200", "--checkpoint.every_steps", "20"]
-    whole = fit(tiny_recipe, *longer, "--run.name", "whole")
-    command = [sys.executable, "-m", "bov_lightning.cli", "fit", "--config", str(tiny_recipe)]
-    command += [*longer, "--run.name", "killed"]
-    killed = Path("runs/killed")
-
-    def newest() -> int:
-        found = complete_checkpoints(killed)
-        return int(found[-1].name.removeprefix("step-")) if found else 0
-
-    for _ in range(2):
-        before = newest()
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        try:
-            while newest() == before and process.poll() is None:
-                time.sleep(0.01)
-            process.kill()
-        finally:
-            _, err = process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        assert before < newest() < 200
-        assert not before or f"resuming runs/killed from step {before} " in err
-    again = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "resuming runs/killed from step" in again.stderr
-    assert_same_end(whole, killed)
+    assert_same_end(trained, recomputed)
 
 
 @pytest.mark.slow
 def test_interrupting_says_how_to_continue(tiny_recipe):
     """Ctrl-C in the middle of training."""
-    command = [sys.executable, "-m", "bov_lightning.cli", "fit", "--config", str(tiny_recipe)]
-    command += ["--model.budget.steps", "5000", "--checkpoint.every_steps", "20"]
-    process = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        # Where the tests run in the background, their children ignore Ctrl-C from the start.
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-    )
-    while not complete_checkpoints(Path("runs/tiny")) and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
+    longer = ["--model.budget.steps", "5000", "--checkpoint.every_steps", "20"]
+    with Bov("fit", "--config", tiny_recipe, *longer) as process:
+        wait_for(lambda: complete_checkpoints(Path("runs/tiny")), process)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate()
     assert process.returncode == 130
     assert "Traceback" not in err
     assert "interrupted: the same command continues runs/tiny" in err
