@@ -1,8 +1,9 @@
 """The reference numbers of one variant, made by running the paper's authors' code."""
 
+import copy
 import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -23,6 +24,11 @@ NAMES = (
 )  # fmt: skip
 
 
+IMPORTED: dict[str, Transformer] = {}
+"""Models by their names: each is imported once a process, and copied."""
+
+
+@cache
 def read_rows(shared: Path) -> dict:
     """parity.json."""
     return json.loads((shared / "parity" / "parity.json").read_text())
@@ -58,6 +64,11 @@ class ParityRow:
 
     def imported_model(self, folder: Path) -> Transformer:
         """The model, through the importer, from files laid out as the authors' code lays them."""
+        if self.name not in IMPORTED:
+            IMPORTED[self.name] = self._import(folder)
+        return copy.deepcopy(IMPORTED[self.name])
+
+    def _import(self, folder: Path) -> Transformer:
         source, output = folder / "theirs", folder / "ours"
         source.mkdir()
         state = {

@@ -11,11 +11,20 @@ from bov_lightning.model.decode import attend_gathered
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+SIZES = [(1, 1, 16), (2, 63, 16), (1, 700, 24), (3, 129, 32)]
+HEADS = [(4, 4), (6, 2)]
+
+
+# Each pair of a size, a number of heads and a mask is there, half of them in the slow suite.
 @pytest.mark.parametrize(
-    ("n_row", "n_past", "head_dim"), [(1, 1, 16), (2, 63, 16), (1, 700, 24), (3, 129, 32)]
-)
+    ("n_row", "n_past", "head_dim", "heads", "masked"),
+    [
+        pytest.param(*size, HEADS[(i + masked) % 2], masked,
+                     marks=[pytest.mark.slow] if i // 2 == masked else [])
+        for i, size in enumerate(SIZES)
+        for masked in (False, True)
+    ],
+)  # fmt: skip
 def test_the_kernel_equals_the_reference(
     monkeypatch, device, n_row, n_past, head_dim, heads, masked
 ):

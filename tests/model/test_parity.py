@@ -5,6 +5,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from parity import NAMES, ParityRow
+from variants import KINDS, mostly_slow
 
 from bov_lightning.interop.nanochat import convert_name
 from bov_lightning.model.counting import flops_per_token
@@ -62,6 +63,7 @@ def test_first_gradients_equal_the_reference(row, model, device):
         assert relative(grad, expected[name]) < 1e-4, name
 
 
+@pytest.mark.parametrize("row", mostly_slow(NAMES, KINDS), indirect=True)
 def test_three_optimizer_steps_follow_the_reference(row, model):
     groups = build_groups(model, reference_optimizer(), model.config, batch_tokens=600)
     optimizer = MuonAdamW(groups)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from variants import OVERLAYS, PAPER, SMALL, make_model, perturb, token_ids
+from variants import KINDS, OVERLAYS, PAPER, SMALL, make_model, mostly_slow, perturb, token_ids
 
 from bov_lightning.errors import UserError
 from bov_lightning.model.config import TransformerConfig, ValueConfig
@@ -40,7 +40,7 @@ def test_fresh_bank_equals_initial_embedding_before_the_smear():
     assert (values[0] - values[1]).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", mostly_slow(OVERLAYS, KINDS))
 @torch.no_grad()
 def test_a_later_token_never_changes_an_earlier_logit(name):
     for pattern in ("L", "S", "SSSL", "SL"):
@@ -55,7 +55,7 @@ def test_a_later_token_never_changes_an_earlier_logit(name):
             assert not torch.equal(before[:, position:], after[:, position:])
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", mostly_slow(OVERLAYS, KINDS))
 @torch.no_grad()
 def test_masked_documents_do_not_see_each_other(name):
     """A packed row gives every document the logits that it gets alone; unmasked it does not."""

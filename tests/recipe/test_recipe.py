@@ -19,6 +19,16 @@ from bov_lightning.recipe.sections import Recipe
 
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
 
+# An overlay replaces one section whole, whatever the recipe: each meets two of them.
+PAIRS = [
+    *((path, None) for path in RECIPES),
+    *(
+        pytest.param(RECIPES[(i + j) % len(RECIPES)], overlay, marks=[pytest.mark.slow] * j)
+        for i, overlay in enumerate(PATHS.values())
+        for j in (0, 1)
+    ),
+]
+
 plain_data = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=3),
     lambda inner: (
@@ -123,8 +133,7 @@ def test_vocabulary_is_filled_from_the_tokenizer(tmp_path):
     assert recipe.model.config.vocab_size == 260
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-@pytest.mark.parametrize("overlay", [None, *PATHS.values()], ids=lambda path: path and path.stem)
+@pytest.mark.parametrize(("path", "overlay"), PAIRS, ids=lambda path: path and path.stem)
 def test_every_recipe_builds_with_every_overlay(path, overlay):
     found = read_recipe(path, *(["--config", str(overlay)] if overlay else []))
     recipe, settings = found.recipe, found.plain
