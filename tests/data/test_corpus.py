@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections import Counter
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from data.conftest import make_corpus, numbered, write_parquet
 
@@ -263,21 +264,40 @@ def test_errors_in_worker_processes_arrive(tmp_path):
 
 
 @pytest.mark.slow
-def test_real_text_is_prepared_alike_and_validation_is_disjoint(shared, tmp_path):
-    """The 75 MB corpus by 1, 2 and 4 processes."""
+def test_real_text_is_prepared_alike_by_processes_and_machines(shared, tmp_path):
+    """Every fifteenth document of the 75 MB corpus, by 1 and by 3 processes, and by two machines.
+
+    The files have several row groups, so that processes share them."""
+    folder, files = shared / "corpus", {"train": [], "val": []}
+    for split, paths in files.items():
+        for path in sorted(folder.glob(f"{split}-*.parquet"))[:3]:
+            texts = pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()[::15]
+            paths.append(write_parquet(tmp_path / path.name, texts, 100))
+    source = TextFiles(**files)
+    corpora = {
+        name: make_corpus(
+            tmp_path / name, source, packing=PackingConfig(), sequence_len=2048, n_shard=3
+        )
+        for name in ("one", "three", "machines")
+    }
+    for corpus in corpora.values():
+        corpus.tokenizer = TokenizerConfig(vocab_size=1024, max_chars=10**6)
+    corpora["one"].prepare(processes=1)
+    corpora["three"].prepare(processes=3)
+    for i in (0, 1):
+        corpora["machines"].prepare(processes=1, shard=(i, 2))
+    expected = contents(corpora["one"])
+    assert contents(corpora["three"]) == contents(corpora["machines"]) == expected
+    for split in ("train", "val"):
+        check_rows_against_documents(corpora["one"], split)
+
+
+@pytest.mark.slow
+def test_real_validation_text_is_none_of_the_training_text(shared):
+    """All of the 75 MB corpus."""
     folder = shared / "corpus"
     source = TextFiles([str(folder / "train-*.parquet")], [str(folder / "val-*.parquet")])
-    corpora = []
-    for processes in (1, 2, 4):
-        corpus = make_corpus(
-            tmp_path / str(processes), source, packing=PackingConfig(), sequence_len=2048
-        )
-        corpus.tokenizer = TokenizerConfig(vocab_size=4096, max_chars=10**7)
-        corpus.prepare(processes=processes)
-        corpora.append(corpus)
-    for other in corpora[1:]:
-        assert contents(other) == contents(corpora[0])
-    for split in ("train", "val"):
-        check_rows_against_documents(corpora[0], split)
-    train = set(open_stripe(source, "train"))
-    assert not train & set(open_stripe(source, "val"))
+    train, val = (set(open_stripe(source, split)) for split in ("train", "val"))
+    assert train
+    assert val
+    assert not train & val
