@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 
@@ -11,8 +12,11 @@ import pytest
 PR_SET_CHILD_SUBREAPER = 36
 """From <sys/prctl.h>: processes whose parent has ended become children of this one."""
 
-KEPT = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")
-"""In the command line of what serves all tests of a session."""
+SERVERS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker", "tests/forks.py")
+"""In the command lines of what serves all tests of a session."""
+
+_servers: dict[str, psutil.Process] = {}
+"""The first process of each: what it forks has the same command line."""
 
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -23,11 +27,13 @@ def descendants() -> list[psutil.Process]:
     return psutil.Process().children(recursive=True)
 
 
-def is_kept(process: psutil.Process) -> bool:
+def is_server(process: psutil.Process) -> bool:
     """Whether it serves all tests; one that is gone does not."""
     with contextlib.suppress(psutil.Error):
         command = " ".join(process.cmdline())
-        return any(name in command for name in KEPT) and "--multiprocessing-fork" not in command
+        for name in SERVERS:
+            if name in command and process.ppid() == os.getpid():
+                return _servers.setdefault(name, process) == process
     return False
 
 
@@ -41,7 +47,9 @@ def no_process_left(request) -> Iterator[None]:
     yield
     if "slurm" in request.keywords:
         return
-    left = [process for process in descendants() if process not in before and not is_kept(process)]
+    left = [
+        process for process in descendants() if process not in before and not is_server(process)
+    ]
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
