@@ -3,6 +3,7 @@
 python tests/soak.py [N_KILL]
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -31,6 +32,15 @@ class Series:
     before_first_step: int = 0
 
 
+def saves(run: Path) -> set[tuple[str, int]]:
+    """Checkpoints that are being written, or were when their process was killed."""
+    found = set()
+    for path in (run / "checkpoints").glob(".*.partial"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
+
+
 def kill_series(
     start: Callable[[], subprocess.Popen | Bov], run: Path, n_kill: int, seconds: float = 10,
     seed: int = 0,
@@ -49,17 +59,17 @@ def kill_series(
     """
     series, chance, least = Series(), random.Random(seed), min(seconds, 3)
     while series.n_kill < n_kill:
-        before, started = newest(run), time.monotonic()
+        before, left, started = newest(run), saves(run), time.monotonic()
         process = start()
         try:
             if series.n_kill % 2:
-                while not list((run / "checkpoints").glob(".*.partial")):
+                while not saves(run) - left:
                     if process.poll() is not None:
                         break
                     time.sleep(0.001)
             else:
                 time.sleep(chance.uniform(0, seconds))
-            saving = bool(list((run / "checkpoints").glob(".*.partial")))
+            saving = bool(saves(run) - left)
             if process.poll() is not None:
                 assert process.returncode == 0, process.communicate()
                 return series  # the run has come to its end

@@ -82,12 +82,15 @@ import sys
 sys.path.append({packages!r})
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained({export!r}, trust_remote_code=True).eval()
-tokenizer = AutoTokenizer.from_pretrained({export!r}, trust_remote_code=True)
-inputs = tokenizer("def read", return_tensors="pt")
-with torch.no_grad():
-    logits = model(torch.load({ids!r})).logits
-torch.save([logits, model.generate(**inputs, max_new_tokens=20, do_sample=False)], {out!r})
+found = []
+for export in {exports!r}:
+    model = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(export, trust_remote_code=True)
+    inputs = tokenizer("def read", return_tensors="pt")
+    with torch.no_grad():
+        logits = model(torch.load({ids!r})).logits
+    found.append([logits, model.generate(**inputs, max_new_tokens=20, do_sample=False)])
+torch.save(found, {out!r})
 print(sorted(name for name in sys.modules if name.partition(".")[0] in {foreign!r}))
 """
 
@@ -111,7 +114,12 @@ def requirements_of(*names: str) -> set[str]:
 
 @pytest.mark.slow
 def test_exports_load_where_only_torch_and_transformers_are(exported, tmp_path):
-    """An isolated interpreter whose path holds these two and what they need, nothing else."""
+    """An isolated interpreter whose path holds these two and what they need, nothing else.
+
+    One export's value source is the package's, the other's is a module of somebody's own.
+    """
+    export(write(tmp_path, "low_rank_bank"), tmp_path / "own")
+    exports = [str(exported), str(tmp_path / "own")]
     packages = tmp_path / "packages"
     packages.mkdir()
     for name in requirements_of("torch", "transformers"):
@@ -123,9 +131,9 @@ def test_exports_load_where_only_torch_and_transformers_are(exported, tmp_path):
     assert not (packages / "lightning").exists()
     ids, out = tmp_path / "ids.pt", tmp_path / "out.pt"
     torch.save(token_ids(100), ids)
-    foreign = ["bov_lightning", "lightning", "datasets", "jsonargparse"]
+    foreign = ["bov_lightning", "low_rank_bank", "lightning", "datasets", "jsonargparse"]
     program = CLEAN.format(
-        packages=str(packages), export=str(exported), ids=str(ids), out=str(out), foreign=foreign
+        packages=str(packages), exports=exports, ids=str(ids), out=str(out), foreign=foreign
     )
     result = subprocess.run(
         [sys.executable, "-I", "-S", "-c", program], cwd=tmp_path, capture_output=True, text=True,
@@ -133,12 +141,15 @@ def test_exports_load_where_only_torch_and_transformers_are(exported, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "[]"
-    logits, tokens = torch.load(out)
-    source, tokenizer = bov_lightning.load(exported)
-    assert (logits - source(token_ids(100))).abs().max() < 1e-5
-    prompt = tokenizer.encode("def read")
-    assert prompt[0] == tokenizer.bos_token_id
-    assert tokens[0].tolist() == prompt + greedy(source, prompt, 20, tokenizer.bos_token_id)
+    tokenizer = bov_lightning.load(exported)[1]
+    for (logits, tokens), checkpoint in zip(
+        torch.load(out), (exported, tmp_path / "checkpoint"), strict=True
+    ):
+        source, _ = bov_lightning.load(checkpoint)
+        assert (logits - source(token_ids(100))).abs().max() < 1e-5
+        prompt = tokenizer.encode("def read")
+        assert prompt[0] == tokenizer.bos_token_id
+        assert tokens[0].tolist() == prompt + greedy(source, prompt, 20, tokenizer.bos_token_id)
 
 
 def greedy(model, prompt: list[int], n: int, end: int | None = None) -> list[int]:

@@ -1,6 +1,5 @@
 """Value sources from outside of the package: whose recipe names them, and who may import them."""
 
-import subprocess
 import sys
 
 import pytest
@@ -180,24 +179,3 @@ def test_an_export_is_refused_a_module_that_needs_more(line, workplace, monkeypa
     assert line in capsys.readouterr().err
     assert not (workplace / "out").exists()
     sys.modules.pop(name, None)
-
-
-@pytest.mark.slow
-def test_an_export_needs_neither_the_package_nor_the_module(workplace):
-    model = perturb(make_model(OVERLAYS["low_rank_bank"]), smear=0.9)
-    write_checkpoint(workplace / "ours", 3, model.state_dict(), config_yaml(model.config))
-    export(workplace / "ours", workplace / "out")
-    torch.save(model(token_ids(40)), workplace / "expected.pt")
-    program = """
-import sys
-for name in ("bov_lightning", "low_rank_bank"):
-    sys.modules[name] = None
-import torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True).eval()
-generator = torch.Generator().manual_seed(3)
-ids = torch.randint(0, 70, (2, 40), generator=generator)
-expected = torch.load("expected.pt")
-assert torch.allclose(model(ids).logits, expected, atol=1e-5)
-"""
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=workplace)
