@@ -144,6 +144,7 @@ def test_a_job_continues_its_run(stored):
     assert_ends_as("finished", RUN)
 
 
+@pytest.mark.slow
 def test_one_process_continues_what_two_ranks_began(stored, capsys):
     """Its config.yaml names the strategy by the class path that it had."""
     keep_start(SHARDED)
@@ -162,6 +163,7 @@ def test_two_ranks_continue_what_two_ranks_began(stored):
     assert_ends_as("sharded-finished", SHARDED)
 
 
+@pytest.mark.slow
 def test_the_guard_remembers(stored):
     """What it has counted lies in training.pt under the name that its class had."""
     checkpoint = RUN / "checkpoints" / "step-00000006"
@@ -216,6 +218,7 @@ def test_report_shows_the_run_and_its_evaluation(stored, capsys):
     assert "heldout" in page
 
 
+@pytest.mark.slow
 def test_report_pools_a_run_from_before_the_newest_key(stored, capsys):
     as_if_finished(RUN)
     shutil.copytree(RUN, "runs/older")

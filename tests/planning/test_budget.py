@@ -18,7 +18,7 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ["135m", pytest.param("780m", marks=pytest.mark.slow)])
 def test_plan_equals_the_paper_to_the_digit(size, shared):
     from parity import NAMES, read_rows
 
