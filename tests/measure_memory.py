@@ -1,18 +1,13 @@
-"""Prints the bytes that training takes on a rank of its own: for planning/test_memory.py.
-
-    python measure_memory.py RANK WORLD_SIZE PORT RECIPE.json
+"""The bytes that training takes on a rank: for planning/test_memory.py.
 
 What is measured is the resident memory of the process at its highest (VmHWM), less what it was
 before the model was made. A tiny model has been trained by then, so that all libraries are loaded.
 """
 
-import json
-import os
-import sys
+import ctypes
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from bov_lightning.distributed.layout import Layout, read_layout
 from bov_lightning.distributed.sharding import make_mesh, recompute_activations, shard, write_part
@@ -26,6 +21,8 @@ from bov_lightning.recipe.overlays import merge
 from bov_lightning.recipe.sections import Recipe
 
 N_STEP = 2
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+"""Of mallopt, in malloc.h."""
 
 
 def resident(key: str) -> int:
@@ -67,23 +64,25 @@ def train(recipe: Recipe, layout: Layout) -> None:
         optimizer.step()
 
 
-def main() -> None:
-    rank, world, port, path = sys.argv[1:]
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=int(rank), world_size=int(world))
-    settings = json.loads(Path(path).read_text())
+def give_memory_back() -> None:
+    """Freed memory goes back at once, so that resident memory is living memory."""
+    libc = ctypes.CDLL(None)
+    for parameter, value in (
+        (M_TRIM_THRESHOLD, 2**18),
+        (M_MMAP_THRESHOLD, 2**18),
+        (M_ARENA_MAX, 1),
+    ):
+        assert libc.mallopt(parameter, value) == 1
+
+
+def peak(rank: int, world: int, settings: dict) -> int:
+    """Bytes that ``settings``, a recipe, takes on this rank."""
+    give_memory_back()
     shape = {"d_model": 64, "vocab_size": 128, "sequence_len": 16}
     tiny = merge(settings, {"model": {"config": shape}, "batch": {"tokens": 64, "micro": 1}})
     for part in (tiny, settings):
-        recipe = build(Recipe, part, path)
+        recipe = build(Recipe, part, "test")
         before = resident("VmRSS")
         forget_highest()
-        train(recipe, read_layout(recipe.trainer, int(world)))
-    print(resident("VmHWM") - before)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+        train(recipe, read_layout(recipe.trainer, world))
+    return resident("VmHWM") - before

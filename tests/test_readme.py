@@ -40,7 +40,7 @@ EXEMPT = {
     r"bov prepare .*bov-(135m|780m).*": "reads the hub; the quickstart's is run",
     r"bov (import nanochat|generate imports/theirs) .*": "tests/model/test_parity.py imports",
     r"torchrun .*": "tests/distributed/test_distributed.py starts ranks so",
-    r"bov submit (?!.*--dry-run).*": "needs SLURM; tests/slurm/test_slurm.py submits",
+    r"bov submit (?!.*--dry-run).*": "needs SLURM; tests/slurm submits",
     r"bov sweep (?!.*--dry-run).*": "trains several runs; tests/launch/test_sweep.py does, small",
     r"(\.venv/bin/)?python -m (pip|venv) .*": "installs for minutes; offline.md: how it was tried",
     r"(BOV_OVERLAYS=\S+ )?python -m pytest .*": "is this suite",

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY
+from processes import bov_on_ranks
 from safetensors.torch import load_file
 
 import bov_lightning
@@ -158,8 +159,8 @@ def test_one_process_continues_what_two_ranks_began(stored, capsys):
 @pytest.mark.distributed
 def test_two_ranks_continue_what_two_ranks_began(stored):
     keep_start(SHARDED)
-    command = ["-m", "bov_lightning.cli", "fit", "--config", str(SHARDED / "config.yaml")]
-    assert "resuming runs/sharded from step 6 " in in_process(*command)
+    printed = bov_on_ranks(2, "fit", "--config", str(SHARDED / "config.yaml"))
+    assert "resuming runs/sharded from step 6 " in printed
     assert_ends_as("sharded-finished", SHARDED)
 
 

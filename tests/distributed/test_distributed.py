@@ -1,5 +1,7 @@
 """Runs on real ranks: however many there are and however they share, the same training."""
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from optim.test_sharded import make
-from processes import in_processes
+from processes import BovOnRanks, bov_on_ranks, in_processes
 from runs import assert_same_end, fit, metrics
 
 from bov_lightning.checkpoint import directory as checkpoints
@@ -30,22 +32,27 @@ CONFIG = TransformerConfig(
 )  # fmt: skip
 
 
-def fit_with(recipe: Path, name: str, *options: str) -> Path:
-    """A run in processes of its own."""
-    command = [sys.executable, "-m", "bov_lightning.cli", "fit", "--config", str(recipe)]
-    command += [*options, "--run.name", name]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+def fit_on(world: int, recipe: Path, name: str, *options: str) -> Path:
+    """A run of several processes."""
+    bov_on_ranks(world, "fit", "--config", str(recipe), *options, "--run.name", name)
     return Path("runs") / name
+
+
+def start_python(*command: str) -> subprocess.Popen:
+    """Python, started anew, with its errors in the file ``errors``."""
+    with open("errors", "w") as errors:
+        return subprocess.Popen(
+            [sys.executable, *command], stdout=subprocess.DEVNULL, stderr=errors
+        )
 
 
 FIFTY = ("--model.budget.steps", "50", "--checkpoint.every_steps", "50", "--batch.micro", "4",
          "--validation.every_steps", "50", "--trainer.log_every_n_steps", "1",
          "--model.optimizer.muon_dtype", "float32")  # fmt: skip
 LAYOUTS = {
-    "ddp": ("--trainer.devices", "2", "--trainer.strategy", "ddp"),
-    "fsdp": ("--trainer.devices", "2"),
-    "fsdp-accumulated": ("--trainer.devices", "2", "--batch.micro", "1"),
+    "ddp": ("--trainer.strategy", "ddp"),
+    "fsdp": (),
+    "fsdp-accumulated": ("--batch.micro", "2"),
 }
 
 
@@ -55,7 +62,7 @@ def test_losses_of_fifty_steps_agree(tiny_recipe):
     expected = metrics(fit(tiny_recipe, *FIFTY, "--run.name", "one"))
     assert len(expected) == 50
     for name, options in LAYOUTS.items():
-        found = metrics(fit_with(tiny_recipe, name, *FIFTY, *options))
+        found = metrics(fit_on(2, tiny_recipe, name, *FIFTY, *options))
         for step, row in expected.items():
             loss = float(row["train_loss"])
             assert float(found[step]["train_loss"]) == pytest.approx(loss, abs=1e-5), (name, step)
@@ -132,32 +139,33 @@ def test_checkpoints_reshard_bit_for_bit(writers, readers, tmp_path):
 
 @pytest.mark.distributed
 def test_two_ranks_continue_bit_for_bit(tiny_recipe):
-    options = ("--trainer.devices", "2", "--trainer.log_every_n_steps", "1")
-    whole = fit_with(tiny_recipe, "whole", *options)
-    parts = fit_with(tiny_recipe, "parts", *options)
+    options = ("--trainer.log_every_n_steps", "1")
+    parts = fit_on(2, tiny_recipe, "parts", *options)
+    whole = shutil.copytree(parts, "runs/whole")
     for path in complete_checkpoints(parts)[2:]:
         path.rename(path.with_name(f".{path.name}.partial"))
-    fit_with(tiny_recipe, "parts", *options)
-    assert_same_end(whole, parts)
-    for step, row in metrics(whole).items():
+    fit_on(2, tiny_recipe, "parts", *options)
+    assert_same_end(Path(whole), parts)
+    for step, row in metrics(Path(whole)).items():
         assert row["train_loss"] == metrics(parts)[step]["train_loss"]
 
 
 @pytest.mark.distributed
 def test_two_ranks_stop_in_the_middle_of_a_validation(tiny_recipe):
-    """Nearly all of the time goes into validations, so that is where the signal comes."""
-    options = ("--trainer.devices", "2", "--trainer.log_every_n_steps", "1", "--batch.micro", "1")
-    options += ("--validation.every_steps", "1", "--validation.tokens", "12000")
+    """Lightning starts them here. Most of the time goes into validations."""
+    options = ("--trainer.log_every_n_steps", "1", "--batch.micro", "1")
+    options += ("--validation.every_steps", "1", "--validation.tokens", "3000")
     options += ("--checkpoint.every_steps", "3")
-    whole = fit_with(tiny_recipe, "whole", *options)
-    command = [sys.executable, "-m", "bov_lightning.cli", "fit", "--config", str(tiny_recipe)]
-    command += [*options, "--run.name", "stopped"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: Path("runs/stopped/metrics.csv").exists(), process)
-    process.send_signal(signal.SIGTERM)
-    _, error = process.communicate()
-    assert process.returncode == 143, error
-    stopped = fit_with(tiny_recipe, "stopped", *options)
+    whole = fit_on(2, tiny_recipe, "whole", *options)
+    command = ["-m", "bov_lightning.cli", "fit", "--config", str(tiny_recipe), *options]
+    process = start_python(*command, "--trainer.devices", "2", "--run.name", "stopped")
+    try:
+        wait_for(lambda: Path("runs/stopped/metrics.csv").exists(), process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 143, Path("errors").read_text()
+    finally:
+        process.kill()
+    stopped = fit_on(2, tiny_recipe, "stopped", *options)
     assert_same_end(whole, stopped)
     for step, row in metrics(whole).items():
         assert row["val_bpb"] == metrics(stopped)[step]["val_bpb"]
@@ -166,37 +174,25 @@ def test_two_ranks_stop_in_the_middle_of_a_validation(tiny_recipe):
 @pytest.mark.distributed
 def test_a_rank_that_hangs_is_named(tiny_recipe):
     """The second process is stopped as a hanging file system would stop it."""
-    command = [sys.executable, "-m", "bov_lightning.cli", "fit", "--config", str(tiny_recipe)]
-    command += ["--trainer.devices", "2", "--model.budget.steps", "100000"]
-    command += ["--guard.late_after_s", "2"]
-    errors = Path("errors")
-    with open(errors, "w") as file:
-        process = subprocess.Popen(command, stderr=file, stdout=subprocess.DEVNULL)
-    try:
-        wait_for(lambda: complete_checkpoints(Path("runs/tiny")), process)
-        children = subprocess.run(
-            ["pgrep", "-P", str(process.pid), "-f", "bov_lightning.cli fit"],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        (child,) = (int(pid) for pid in children.stdout.split())
-        subprocess.run(["kill", "-STOP", str(child)], check=True)
-        wait_for(lambda: "rank 1" in errors.read_text(), process)
-        report = errors.read_text()
-        assert "no progress for 2 s" in report
-        assert "rank 1 does not answer" in report
-        subprocess.run(["kill", "-CONT", str(child)], check=True)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(120) == 143
-    finally:
-        process.kill()
+    options = ("--model.budget.steps", "100000", "--guard.late_after_s", "2")
+    with BovOnRanks(2, "fit", "--config", str(tiny_recipe), *options) as run:
+        first, second = run.ranks
+        wait_for(lambda: complete_checkpoints(Path("runs/tiny")), run)
+        os.kill(second.pid, signal.SIGSTOP)
+        wait_for(lambda: "rank 1" in first.err, run)
+        assert "no progress for 2 s" in first.err
+        assert "rank 1 does not answer" in first.err
+        os.kill(second.pid, signal.SIGCONT)
+        first.send_signal(signal.SIGTERM)
+        assert run.wait(120) == [143, 143]
 
 
-def wait_for(condition, process: subprocess.Popen) -> None:
+def wait_for(condition, process: subprocess.Popen | BovOnRanks) -> None:
     deadline = time.monotonic() + 180
     while not condition():
         assert process.poll() is None, "the run ended"
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
 @pytest.mark.distributed
@@ -204,10 +200,10 @@ def test_compiled_blocks_train_sharded_as_they_do_alone(tiny_recipe):
     """Compiled kernels round otherwise, and nothing else."""
     steps = ("--trainer.log_every_n_steps", "1", "--model.optimizer.muon_dtype", "float32")
     steps += ("--batch.micro", "4")
+    # Every kind of layer once, training and validation: a C++ compiler needs a second per kernel.
+    steps += ("--model.config.n_layer", "2", "--validation.every_steps", "8")
     expected = metrics(fit(tiny_recipe, *steps, "--run.name", "plain"))
-    found = metrics(
-        fit_with(tiny_recipe, "fsdp", *steps, "--compile", "true", "--trainer.devices", "2")
-    )
+    found = metrics(fit_on(2, tiny_recipe, "fsdp", *steps, "--compile", "true"))
     for step, row in expected.items():
         loss = float(row["train_loss"])
         assert float(found[step]["train_loss"]) == pytest.approx(loss, abs=1e-4), step
@@ -215,11 +211,11 @@ def test_compiled_blocks_train_sharded_as_they_do_alone(tiny_recipe):
 
 @pytest.mark.distributed
 def test_torchrun_starts_the_ranks(tiny_recipe):
-    plain = fit_with(tiny_recipe, "plain", "--trainer.devices", "2")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command += ["2", "-m", "bov_lightning.cli", "fit", "--config", str(tiny_recipe)]
-    result = subprocess.run([*command, "--run.name", "torchrun"], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    plain = fit_on(2, tiny_recipe, "plain")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "bov_lightning.cli", "fit", "--config", str(tiny_recipe)]
+    process = start_python(*command, "--run.name", "torchrun")
+    assert process.wait() == 0, Path("errors").read_text()
     assert_same_end(plain, Path("runs/torchrun"))
 
 
@@ -227,8 +223,8 @@ def test_torchrun_starts_the_ranks(tiny_recipe):
 def test_bf16_parameters_and_hsdp_train(tiny_recipe):
     """Four ranks, two copies; gradients are summed in fp32 and weights kept so."""
     hsdp = "{class_path: bov_lightning.ShardedStrategy, init_args: {replicate: 2}}"
-    options = ("--trainer.devices", "4", "--batch.micro", "2", "--trainer.precision", "bf16-mixed")
-    run = fit_with(tiny_recipe, "hsdp", *options, "--trainer.strategy", hsdp)
+    options = ("--batch.micro", "2", "--trainer.precision", "bf16-mixed")
+    run = fit_on(4, tiny_recipe, "hsdp", *options, "--trainer.strategy", hsdp)
     weights = read_whole(complete_checkpoints(run)[-1] / WEIGHTS)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     plain = fit(tiny_recipe, "--run.name", "plain")

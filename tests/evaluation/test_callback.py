@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from forks import Bov, bov
+from processes import bov_on_ranks
 from runs import wait_for
 
 import bov_lightning
@@ -153,8 +154,9 @@ def test_an_evaluation_killed_half_way_is_made_up_for(recipe, straight):
 @pytest.mark.distributed
 def test_two_processes_find_what_one_finds(recipe):
     one = fit(recipe, "one", "--model.budget.steps", "2")
-    options = ["--run.name", "two", "--trainer.devices", "2", "--model.budget.steps", "2"]
-    bov("fit", "--config", recipe, *options, fork_children=True, check=True)
+    bov_on_ranks(
+        2, "fit", "--config", str(recipe), "--run.name", "two", "--model.budget.steps", "2"
+    )
     (found,), (expected,) = (
         read_results(step_directory(run, 2)) for run in (Path("runs/two"), one)
     )

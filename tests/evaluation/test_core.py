@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from evaluation_material import on_ranks
+from processes import in_processes
 from torch.distributed.fsdp import fully_shard
 
 from bov_lightning.errors import UserError
@@ -73,9 +73,9 @@ def test_batches_and_sharing_change_no_row(runtime, shared):
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
-def test_two_ranks_score_all_rows_alike(sharded, shared, tmp_path):
+def test_two_ranks_score_all_rows_alike(sharded, shared):
     arguments = (str(shared), ("core_paper",), sharded)
-    for found in on_ranks(2, tmp_path, score_on_rank, *arguments):
+    for found in in_processes(2, score_on_rank, *arguments):
         assert found["rows"] == expected_rows(shared)
         assert round(found["groups"]["core_paper"], 4) == 0.0756
 

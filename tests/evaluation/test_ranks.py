@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from evaluation_material import VOCAB_SIZE, make_llama, on_ranks
+from evaluation_material import VOCAB_SIZE, make_llama
+from processes import in_processes
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedTokenizerFast
 from variants import make_model, perturb
@@ -114,16 +115,16 @@ def close(found: dict, expected: dict) -> None:
     [("ours", "replicated", 2), ("ours", "sharded", 2), ("llama", "sharded", 2),
      ("llama", "replicated", 3)],
 )  # fmt: skip
-def test_ranks_get_what_one_process_gets(kind, how, world, tmp_path, tokenizer, benchmarks):
+def test_ranks_get_what_one_process_gets(kind, how, world, tokenizer, benchmarks):
     expected = evaluate(0, 1, kind, "alone", benchmarks, tokenizer.name_or_path)
-    for found in on_ranks(world, tmp_path, evaluate, kind, how, benchmarks, tokenizer.name_or_path):
+    for found in in_processes(world, evaluate, kind, how, benchmarks, tokenizer.name_or_path):
         close(found, expected)
 
 
-def test_more_ranks_than_rows(tmp_path, tokenizer, benchmarks):
+def test_more_ranks_than_rows(tokenizer, benchmarks):
     few = replace(benchmarks, tasks=("tiny_choice",), max_per_task=2)
     expected = evaluate(0, 1, "ours", "alone", few, tokenizer.name_or_path)
-    found = on_ranks(3, tmp_path, evaluate, "ours", "sharded", few, tokenizer.name_or_path)
+    found = in_processes(3, evaluate, "ours", "sharded", few, tokenizer.name_or_path)
     for results in found:
         close(results, expected)
 
@@ -133,8 +134,8 @@ def test_more_ranks_than_rows(tmp_path, tokenizer, benchmarks):
     [("fails", ["RankFailedError", "RuntimeError"]),
      ("stops", ["EvaluationInterruptedError"] * 2), ("data", ["UserError"] * 2)],
 )  # fmt: skip
-def test_what_happens_on_one_rank_ends_all(how, kinds, tmp_path, tokenizer, benchmarks):
-    found = on_ranks(2, tmp_path, fail, "ours", how, benchmarks, tokenizer.name_or_path)
+def test_what_happens_on_one_rank_ends_all(how, kinds, tokenizer, benchmarks):
+    found = in_processes(2, fail, "ours", how, benchmarks, tokenizer.name_or_path)
     assert [result["kind"] for result in found] == kinds
     assert found[0]["calls"] == found[1]["calls"]
     if how != "stops":
@@ -142,9 +143,9 @@ def test_what_happens_on_one_rank_ends_all(how, kinds, tmp_path, tokenizer, benc
         assert all(expected in result["message"] for result in found)
 
 
-def test_generation_and_rolling_likelihood_on_sharded_ranks(tmp_path, tokenizer, benchmarks):
+def test_generation_and_rolling_likelihood_on_sharded_ranks(tokenizer, benchmarks):
     expected = generate(0, 1, "ours", "alone", benchmarks, tokenizer.name_or_path)
-    found = on_ranks(2, tmp_path, generate, "ours", "sharded", benchmarks, tokenizer.name_or_path)
+    found = in_processes(2, generate, "ours", "sharded", benchmarks, tokenizer.name_or_path)
     assert all(results["texts"] == expected["texts"] for results in found)
     for results in found:
         assert results["sums"] == pytest.approx(expected["sums"], abs=2e-3)

@@ -1,15 +1,12 @@
 """`bov plan` and the memory of a device: against what training takes, and against arithmetic."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
+import measure_memory
 import pytest
 import torch
+from processes import in_processes
 
 from bov_lightning.cli import main
 from bov_lightning.distributed.layout import Layout, read_layout
@@ -252,37 +249,14 @@ LARGE_TABLES = {
 }  # fmt: skip
 
 
-def measure(settings: dict, world: int, folder: Path) -> list[int]:
-    """Bytes that each of ``world`` processes took."""
-    path = folder / "recipe.json"
-    path.write_text(json.dumps(settings))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    # Freed memory goes back at once, so that resident memory is living memory.
-    malloc = {
-        "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144",
-        "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    script = Path(__file__).parent.parent / "measure_memory.py"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), str(world), port, path],
-            env={**os.environ, **malloc}, stdout=subprocess.PIPE, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    return [int(process.communicate()[0].split()[-1]) for process in processes]
-
-
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("world", [1, 2])
-def test_plan_is_what_training_takes(world, tmp_path):
+def test_plan_is_what_training_takes(world):
     """Within 15%; the tables are half of a rank's memory and more."""
     settings = merge(SETTINGS, LARGE_TABLES)
     recipe = build(Recipe, settings, "test")
     n_micro = accumulation(recipe.batch.tokens, recipe.batch.micro, 128, world)
     planned = plan_memory(recipe, read_layout(recipe.trainer, world), n_micro)
-    for measured in measure(settings, world, tmp_path):
+    for measured in in_processes(world, measure_memory.peak, settings):
         assert measured == pytest.approx(planned["peak"], rel=0.15)

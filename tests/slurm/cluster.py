@@ -4,7 +4,9 @@ Everything lies in one directory; /etc is not touched and no service manager is 
 slurmd can pose as several nodes of one host.
 """
 
+import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -13,13 +15,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
 PROGRAMS = ("slurmctld", "slurmd", "munged", "srun", "sbatch", "scontrol")
 N_NODE = 2
 
-# cred_expire: a requeued job waits until its old credential has expired, by default two minutes.
+# cred_expire: a requeued job waits until its old credential has expired, by default two minutes;
+# SLURM accepts no less than 5 seconds.
+# FirstJobId: Lightning makes the port at which ranks meet of the job's number.
 # GraceTime: a preempted job gets TERM and so many seconds.
 CONFIGURATION = """\
 ClusterName=drill
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={control_port}
 SlurmUser=root
@@ -62,11 +69,21 @@ PartitionName=urgent Nodes=ALL MaxTime=60 State=UP PriorityTier=10 PreemptMode=O
 """
 
 
+def block() -> int:
+    """A number of this process of pytest-xdist, so that clusters side by side do not collide."""
+    return int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
+
+
 def free_port() -> int:
-    """A TCP port that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port that nobody listens at, and that the kernel gives to no outgoing connection."""
+    while True:
+        port = 25_000 + 900 * block() + random.SystemRandom().randrange(900)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 180) -> object:
@@ -105,7 +122,11 @@ class Cluster:
             )
         (directory / "slurm.conf").write_text(
             CONFIGURATION.format(
-                host=host, control_port=free_port(), directory=directory, nodes="\n".join(lines)
+                host=host,
+                control_port=free_port(),
+                directory=directory,
+                nodes="\n".join(lines),
+                first_job=1000 * (block() + 1) + random.SystemRandom().randrange(900),
             )
         )
         self.run(
@@ -133,23 +154,21 @@ class Cluster:
         deadline = time.monotonic() + 40
         while self.run("squeue", "-h").strip() and time.monotonic() < deadline:
             time.sleep(0.2)
-        for file in self.directory.glob("*.pid"):
-            self._kill(file)
+        self._kill(*self.directory.glob("*.pid"))
 
     def kill_node(self, node: int) -> None:
         """kill -9 of a node's slurmd."""
-        self._kill(self.directory / f"slurmd-node{node}.pid", signal.SIGKILL)
+        self._kill(self.directory / f"slurmd-node{node}.pid", number=signal.SIGKILL)
 
-    def _kill(self, file: Path, number: int = signal.SIGTERM) -> None:
-        try:
-            pid = int(file.read_text())
-            os.kill(pid, number)
-            for _ in range(100):
-                os.kill(pid, 0)
-                time.sleep(0.05)
-            os.kill(pid, signal.SIGKILL)
-        except (ProcessLookupError, FileNotFoundError, ValueError):
-            pass
+    def _kill(self, *files: Path, number: int = signal.SIGTERM) -> None:
+        """Ends daemons, all at once; those that take longer than 10 seconds are killed."""
+        daemons = []
+        for file in files:
+            with contextlib.suppress(psutil.NoSuchProcess, ValueError, FileNotFoundError):
+                daemons.append(psutil.Process(int(file.read_text())))
+                daemons[-1].send_signal(number)
+        for daemon in psutil.wait_procs(daemons, timeout=10)[1]:
+            daemon.kill()
 
     def run(self, *command: str) -> str:
         """The output of a command of SLURM's."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from forks import Bov, bov
+from processes import bov_on_ranks
 from runs import (
     assert_close_to,
     assert_same_end,
@@ -136,11 +137,10 @@ def test_two_processes_equal_one_and_continue_as_one(tiny_recipe, tiny_settings,
         source = json.dumps(tiny_settings["data"]["init_args"]["source"])
         options += [STREAMING[0], STREAMING[1].replace("SOURCE", source)]
     one = fit(tiny_recipe, *options, "--run.name", "one")
-    command = ["fit", "--config", str(tiny_recipe), *options]
-    command += ["--run.name", "two", "--trainer.devices", "2"]
-    result = bov(*command, fork_children=streaming, check=True)
+    command = ("fit", "--config", str(tiny_recipe), *options, "--run.name", "two")
+    printed = bov_on_ranks(2, *command)
     two = Path("runs/two")
-    assert f"val_bpb {float(metrics(two)[8]['val_bpb']):.4f}" in result.stdout
+    assert f"val_bpb {float(metrics(two)[8]['val_bpb']):.4f}" in printed
     assert_close_to(one, two)
     die_after(two, 4)
     fit(tiny_recipe, *options, "--run.name", "two")

@@ -1,0 +1,51 @@
+"""A run on a real SLURM of two nodes, of which parts fail, or whose time is over."""
+
+import os
+import signal
+
+import pytest
+from slurm.cluster import wait_until
+from slurm.job import EVERY, Job, assert_ends_as_undisturbed, has_signal
+
+pytestmark = pytest.mark.slurm
+
+
+def test_a_run_survives_tasks_and_nodes_that_die(cluster, long_recipe, monkeypatch, capsys):
+    job = Job(cluster, long_recipe, monkeypatch, capsys)
+
+    # One task dies without a word: at most the steps since the last checkpoint are repeated.
+    before = job.wait_for_progress()
+    os.kill(job.tasks()[0], signal.SIGKILL)
+    job.wait_for_attempt(1)
+    assert job.stopped() == []
+    assert job.resumed()[-1] >= before
+    assert job.resumed()[-1] % EVERY == 0
+
+    # A node dies.
+    before = job.wait_for_progress()
+    cluster.kill_node(2)
+    for pid in job.tasks():
+        os.kill(pid, signal.SIGKILL)
+    cluster.start_node(2)
+    job.wait_for_attempt(2)
+    assert job.resumed()[-1] >= before
+    assert_ends_as_undisturbed(job, long_recipe)
+
+
+def test_a_time_limit_stops_and_requeues(cluster, long_recipe, monkeypatch, capsys):
+    """SLURM itself sends the signal: up to a minute early, hence in the first minute here."""
+    options = ("--time", "0:02:00", "--save-before-s", "60", "--run.name", "limited")
+    job = Job(cluster, long_recipe, monkeypatch, capsys, *options)
+    # Nothing is gained by training until it comes.
+    wait_until(lambda: job.newest() or job.n_requeue(), "a checkpoint")
+    for pid in job.tasks():
+        os.kill(pid, signal.SIGSTOP)
+    wait_until(
+        lambda: all(has_signal(pid, "ShdPnd") for pid in job.tasks()) or job.n_requeue(), "SIGUSR1"
+    )
+    for pid in job.tasks():
+        os.kill(pid, signal.SIGCONT)
+    job.wait_for_attempt(1)
+    assert job.resumed()[0] in job.stopped()
+    assert job.n_requeue() >= 1
+    job.wait_for_end()
