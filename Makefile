@@ -57,7 +57,7 @@ quickstart: install
 # processes themselves, and the drills on a SLURM cluster, have the machine to themselves.
 test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not distributed and not slurm"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "distributed or slurm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile -m "distributed or slurm"
 
 test-fast: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not distributed and not slurm"

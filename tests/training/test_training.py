@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from forks import Bov, bov
+from forks import Bov
 from processes import bov_on_ranks
 from runs import (
     assert_close_to,
