@@ -298,7 +298,7 @@ def _recipes(arguments: list[str]) -> None:
     Parser(prog="bov recipes", description="Lists the recipes of the package.").parse_args(
         arguments
     )
-    from bov_lightning.recipe.sections import packaged_recipes
+    from bov_lightning.recipe.overlays import packaged_recipes
 
     folder = packaged_recipes()
     for path in sorted(folder.rglob("*.yaml")):
