@@ -7,6 +7,7 @@ Only what other packages read from the environment when they are imported is the
 """
 
 import array
+import contextlib
 import gc
 import importlib
 import os
@@ -80,6 +81,7 @@ class Bov:
         """The exit code, or None while it runs."""
         if self.returncode is None and select.select([self._status], [], [], 0)[0]:
             self.returncode = int(self._status.recv(32))
+            self._status.close()
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
@@ -130,7 +132,6 @@ class Bov:
     def __exit__(self, *exception) -> None:
         self.kill()
         self.wait()
-        self._status.close()
         for file in filter(None, self._kept):
             file.close()
 
@@ -144,15 +145,16 @@ def bov(*arguments: Any, check: bool = False, **options) -> subprocess.Completed
 
 
 _server: socket.socket | None = None
+_process: subprocess.Popen | None = None
 _environment = dict(os.environ)
 
 
 def _ask(request: dict, files: list[int]) -> None:
-    global _server
+    global _server, _process
     if _server is None:
         _server, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            subprocess.Popen(
+            _process = subprocess.Popen(
                 [sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL, start_new_session=True, env=_environment,
             )  # fmt: skip
@@ -194,8 +196,11 @@ def _serve(control: socket.socket) -> None:
     # This process waits for the command's end, and tells.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if pid := os.fork():
+        for file in files[1:]:
+            os.close(file)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        os.write(files[0], b"%d" % code)
+        with contextlib.suppress(BrokenPipeError):  # nobody wants to know any more
+            os.write(files[0], b"%d" % code)
         os._exit(0)
     request = pickle.loads(message)
     if request["start_new_session"]:

@@ -4,17 +4,22 @@ import re
 import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
-from forks import Bov, bov
+from forks import SIGNALS, Bov, bov
 from runs import assert_same_end, wait_for
 
 from bov_lightning.checkpoint.directory import complete_checkpoints
 from bov_lightning.cli import main
 
 pytestmark = pytest.mark.slow
+
+
+def default_signals() -> None:
+    """Where pytest runs in the background, its children would ignore Ctrl-C and more."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def signals_of(pid: int) -> list[str]:
@@ -35,7 +40,7 @@ def test_a_fork_trains_speaks_and_ends_as_an_interpreter_does(tiny_recipe):
                 process = subprocess.Popen(
                     [sys.executable, "-m", "bov_lightning.cli", *command, name],
                     stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-                    preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+                    preexec_fn=default_signals,
                 )  # fmt: skip
             wait_for(lambda name=name: complete_checkpoints(Path("runs") / name), process)
             signals.append(signals_of(process.pid))

@@ -223,11 +223,15 @@ def test_full_disk_is_one_line_and_leaves_no_half_checkpoint(tiny_recipe, workpl
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_plan_as_json_and_as_a_table(capsys):
+def test_plan_as_json(capsys):
     assert main(["plan", "--config", "bov-135m", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["params"]["live"] == 233_570_333
     assert plan["iterations"] == 3838
+
+
+@pytest.mark.slow
+def test_plan_as_a_table(capsys):
     assert main(["plan", "--config", "bov-135m"]) == 0
     out = capsys.readouterr().out
     for text in ("233,570,333", "100,663,296", "135,266,329", "3,838", "745,537,536"):
