@@ -74,10 +74,10 @@ def test_every_number_of_ranks_sees_the_same_global_batches(corpus, expected):
             assert global_batches(corpus, [(world, micro, N_STEP)]) == expected
 
 
-def check_interruptions(corpus, expected: list) -> None:
-    """20 times two interruptions at random steps, each part on a random world size."""
+def check_interruptions(corpus, expected: list, times: int = 20) -> None:
+    """Many times two interruptions at random steps, each part on a random world size."""
     choose = random.Random(1)
-    for _ in range(20):
+    for _ in range(times):
         first, second = sorted(choose.sample(range(1, N_STEP), 2))
         steps = (first, second - first, N_STEP - second)
         worlds = [choose.choice([(1, 4), (2, 8), (4, 1), (8, 2)]) for _ in steps]
@@ -97,7 +97,7 @@ def test_interrupted_twice_a_stream_of_real_text_goes_on(tmp_path):
     )
     corpus.prepare(processes=1)
     expected = global_batches(corpus, [(1, 16, N_STEP)])
-    check_interruptions(corpus, expected)
+    check_interruptions(corpus, expected, times=4)
     assert global_batches(corpus, [(1, 4, 5), (2, 8, 4), (1, 16, 5)], n_worker=2) == expected
 
 

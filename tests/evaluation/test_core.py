@@ -61,8 +61,8 @@ def test_all_rows_of_all_tasks(shared):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "runtime", [{"budget": 256}, {"share_prefix": False}, {"budget": 256, "share_prefix": False}],
-    ids=["budget 256", "no sharing", "budget 256, no sharing"],
+    "runtime", [{"budget": 256}, {"budget": 8192, "share_prefix": False}],
+    ids=["budget 256", "no sharing"],
 )  # fmt: skip
 def test_batches_and_sharing_change_no_row(runtime, shared):
     tasks = tuple(f"core_{name}" for name in SHORT)
@@ -82,9 +82,9 @@ def test_two_ranks_score_all_rows_alike(sharded, shared):
 
 @pytest.mark.slow
 def test_stock_model_of_lm_eval_agrees_row_by_row(shared, tmp_path):
-    """The command line of lm-eval itself, with its own model."""
+    """The command line of lm-eval itself, with its own model; tasks of every kind."""
     pytest.importorskip("accelerate", reason="lm-eval's own model needs it")
-    tasks = [f"core_{name}" for name in SHORT]
+    tasks = [f"core_{name}" for name in ("copa", "lambada_openai", "winograd")]
     subprocess.run(
         [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args",
          f"pretrained={shared / 'parity' / 'core'},dtype=float32", "--include_path", str(TASKS),
