@@ -16,7 +16,7 @@ from rich.table import Table
 
 from bov_lightning.errors import UserError
 from bov_lightning.files import write_file
-from bov_lightning.launch.sweep_here import run_here
+from bov_lightning.launch.sweep_here import prepare_data, run_here
 from bov_lightning.launch.sweep_rows import Row
 from bov_lightning.report import write_report
 
@@ -95,6 +95,9 @@ def run_on_slurm(rows: list[Row], job: Any, report: list[str], script: Path) -> 
         raise UserError(f"squeue failed: {result.stderr.strip()}")
     lines = (line.partition(" ") for line in result.stdout.splitlines())
     queued = {name: number for number, _, name in lines}
+    waiting = [row for row in rows if not row.is_finished() and row.run.name not in queued]
+    if waiting:
+        prepare_data(waiting[0])
     jobs, n_new = [], 0
     for row in rows:
         if row.is_finished():

@@ -43,7 +43,7 @@ def run_here(rows: list[Row], n_job: int) -> None:
     slots = _slots(rows[0].given.recipe, n_job)
     waiting = [row for row in rows if not row.is_finished()]
     if waiting:
-        _prepare(waiting[0])
+        prepare_data(waiting[0])
     training: dict[int, tuple[Row, subprocess.Popen]] = {}
     failed: list[Row] = []
     told = False
@@ -83,7 +83,7 @@ def run_here(rows: list[Row], n_job: int) -> None:
         )
 
 
-def _prepare(row: Row) -> None:
+def prepare_data(row: Row) -> None:
     """Makes the data before the first run: runs that start together must not make it twice."""
     command = [sys.executable, "-m", "bov_lightning.cli", "prepare", *row.arguments]
     code = subprocess.run(command).returncode
