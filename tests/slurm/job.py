@@ -67,6 +67,17 @@ class Job:
         wait_until(lambda: self.n_requeue() > n_before, f"a requeue: {self.log[-2000:]}")
         wait_until(lambda: not self.tasks() or self.cluster.state(self.id) == "RUNNING", "the end")
 
+    def seconds(self) -> int:
+        """How long this attempt has been running."""
+        passed = self.cluster.run("squeue", "--noheader", "--format=%M", "--job", self.id)
+        return sum(int(n) * 60**i for i, n in enumerate(reversed(passed.strip().split(":"))))
+
+    def limit_to(self, minutes: int) -> None:
+        """Sets its time limit; SLURM refuses while an attempt is being cleaned up."""
+        command = ["scontrol", "update", f"JobId={self.id}", f"TimeLimit={minutes}"]
+        run = lambda: subprocess.run(command, env=self.cluster.environment).returncode  # noqa: E731
+        wait_until(lambda: run() == 0, "a new time limit")
+
     def n_requeue(self) -> int:
         """How often it has requeued itself before a time limit."""
         return self.log.count("bov: time limit: requeueing")
