@@ -86,14 +86,17 @@ def free_port() -> int:
             return port
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 180) -> object:
-    """The first true value of ``condition``."""
+def wait_until(
+    condition: Callable[[], object], what: str, seconds: float = 180,
+    details: Callable[[], str] = str,
+) -> object:  # fmt: skip
+    """The first true value of ``condition``; ``details`` are told of when it does not come."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if value := condition():
             return value
         time.sleep(0.1)
-    raise AssertionError(f"waited {seconds} s for {what}")
+    raise AssertionError(f"waited {seconds} s for {what}\n{details()}")
 
 
 class Cluster:
@@ -175,6 +178,11 @@ class Cluster:
         result = subprocess.run(command, env=self.environment, capture_output=True, text=True)
         assert result.returncode == 0, f"{command}: {result.stderr}"
         return result.stdout
+
+    def logs(self) -> str:
+        """The end of what each daemon has logged."""
+        files = sorted(self.directory.glob("slurm*.log"))
+        return "".join(f"--- {file.name}\n{file.read_text()[-2000:]}" for file in files)
 
     def state(self, job: str) -> str:
         """RUNNING, PENDING, COMPLETED, ..."""

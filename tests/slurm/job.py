@@ -40,6 +40,11 @@ class Job:
         path = self.run / f"slurm-{self.id}.out"
         return path.read_text() if path.exists() else ""
 
+    def wait_until(self, condition: Callable[[], object], what: str) -> object:
+        """`wait_until`, which says what the job and the cluster have logged."""
+        details = lambda: f"{self.log[-4000:]}\n{self.cluster.logs()}"  # noqa: E731
+        return wait_until(condition, what, details=details)
+
     def newest(self) -> int:
         found = complete_checkpoints(self.run)
         return step_of(found[-1]) if found else 0
@@ -47,25 +52,27 @@ class Job:
     def wait_for_progress(self) -> int:
         """The newest checkpoint, once it is a new one."""
         before = self.newest()
-        return wait_until(lambda: self.newest() > before and self.newest(), "a new checkpoint")
+        return self.wait_until(lambda: self.newest() > before and self.newest(), "a new checkpoint")
 
     def wait_for_end(self) -> None:
         """Cancels it, and waits until both tasks have ended."""
         self.cluster.run("scancel", self.id)
-        wait_until(
+        self.wait_until(
             lambda: self.cluster.state(self.id) == "CANCELLED" and not self.tasks(), "the end"
         )
 
     def wait_for_attempt(self, n: int) -> None:
         """Until the log holds ``n`` resumptions."""
-        wait_until(lambda: len(self.resumed()) >= n, f"resumption {n}: {self.log[-2000:]}")
+        self.wait_until(lambda: len(self.resumed()) >= n, f"resumption {n}")
 
     def tell_and_wait(self) -> None:
         """Sends all tasks what SLURM sends before a time limit; until the job requeues itself."""
         n_before = self.n_requeue()
         self.cluster.run("scancel", "--signal=USR1", self.id)
-        wait_until(lambda: self.n_requeue() > n_before, f"a requeue: {self.log[-2000:]}")
-        wait_until(lambda: not self.tasks() or self.cluster.state(self.id) == "RUNNING", "the end")
+        self.wait_until(lambda: self.n_requeue() > n_before, "a requeue")
+        self.wait_until(
+            lambda: not self.tasks() or self.cluster.state(self.id) == "RUNNING", "the end"
+        )
 
     def seconds(self) -> int:
         """How long this attempt has been running."""
@@ -76,7 +83,7 @@ class Job:
         """Sets its time limit; SLURM refuses while an attempt is being cleaned up."""
         command = ["scontrol", "update", f"JobId={self.id}", f"TimeLimit={minutes}"]
         run = lambda: subprocess.run(command, env=self.cluster.environment).returncode  # noqa: E731
-        wait_until(lambda: run() == 0, "a new time limit")
+        self.wait_until(lambda: run() == 0, "a new time limit")
 
     def n_requeue(self) -> int:
         """How often it has requeued itself before a time limit."""
@@ -103,7 +110,7 @@ class Job:
             tasks = self.tasks()
             return tasks if len(tasks) == 2 and all(map(condition, tasks)) else []
 
-        return wait_until(both, f"two tasks: {self.log[-2000:]}")
+        return self.wait_until(both, "two tasks")
 
 
 def has_signal(pid: int, field: str) -> bool:

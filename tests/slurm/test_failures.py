@@ -6,7 +6,6 @@ import os
 import signal
 
 import pytest
-from slurm.cluster import wait_until
 from slurm.job import EVERY, Job, assert_ends_as_undisturbed, has_signal
 
 pytestmark = pytest.mark.slurm
@@ -48,11 +47,11 @@ def test_a_time_limit_stops_and_requeues(cluster, long_recipe, monkeypatch, caps
         os.kill(pid, signal.SIGSTOP)
     job.limit_to(1 + math.ceil(job.seconds() / 60))
     told = lambda: all(has_signal(pid, "ShdPnd") for pid in tasks)  # noqa: E731
-    wait_until(lambda: told() or job.n_requeue(), "SIGUSR1")
+    job.wait_until(lambda: told() or job.n_requeue(), "SIGUSR1")
     for pid in tasks:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
-    wait_until(job.n_requeue, "a requeue")
+    job.wait_until(job.n_requeue, "a requeue")
     job.limit_to(50)
     job.wait_for_attempt(1)
     assert job.resumed() == job.stopped()
