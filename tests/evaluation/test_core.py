@@ -72,12 +72,19 @@ def test_batches_and_sharing_change_no_row(runtime, shared):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
-def test_two_ranks_score_all_rows_alike(sharded, shared):
-    arguments = (str(shared), ("core_paper",), sharded)
-    for found in in_processes(2, score_on_rank, *arguments):
+def test_two_ranks_score_all_rows_alike(shared):
+    for found in in_processes(2, score_on_rank, str(shared), ("core_paper",), True):
         assert found["rows"] == expected_rows(shared)
         assert round(found["groups"]["core_paper"], 4) == 0.0756
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_ranks_with_a_model_each_score_alike(shared):
+    tasks = tuple(f"core_{name}" for name in SHORT)
+    expected = {task: expected_rows(shared)[task] for task in tasks}
+    for found in in_processes(2, score_on_rank, str(shared), tasks, False):
+        assert found["rows"] == expected
 
 
 @pytest.mark.slow
