@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -74,16 +74,16 @@ def block() -> int:
     return int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens at, and that the kernel gives to no outgoing connection."""
-    while True:
-        port = 25_000 + 900 * block() + random.SystemRandom().randrange(900)
+def free_ports() -> Iterator[int]:
+    """TCP ports that nobody listens at, each once, and that no outgoing connection is given."""
+    first = 25_000 + 900 * block()
+    for port in random.SystemRandom().sample(range(first, first + 900), 900):
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-            return port
+        yield port
 
 
 def wait_until(
@@ -116,17 +116,17 @@ class Cluster:
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
         host = socket.gethostname().split(".")[0]
-        lines = []
+        lines, ports = [], free_ports()
         for node in range(1, N_NODE + 1):
             (directory / f"spool-node{node}").mkdir()
             lines.append(
-                f"NodeName=node{node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} "
+                f"NodeName=node{node} NodeHostname={host} NodeAddr=127.0.0.1 Port={next(ports)} "
                 "CPUs=4 RealMemory=4000 State=UNKNOWN"
             )
         (directory / "slurm.conf").write_text(
             CONFIGURATION.format(
                 host=host,
-                control_port=free_port(),
+                control_port=next(ports),
                 directory=directory,
                 nodes="\n".join(lines),
                 first_job=1000 * (block() + 1) + random.SystemRandom().randrange(900),
