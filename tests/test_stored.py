@@ -121,6 +121,7 @@ def test_generate_says_what_it_said(stored, capsys):
         assert capsys.readouterr().out == PRINTED["generate"]
 
 
+@pytest.mark.slow
 def test_a_run_is_continued_by_its_own_config(stored, capsys):
     keep_start(RUN)
     bov("fit", "--config", RUN / "config.yaml")

@@ -83,6 +83,7 @@ def assert_same_training(first: Path, second: Path) -> None:
         assert torch.equal(tensor, found), name
 
 
+@pytest.mark.slow
 def test_evaluation_leaves_no_trace_in_the_training(recipe, capsys):
     with_, without = fit(recipe, "with"), fit(recipe, "without", "--evaluation.tasks", "[]")
     assert_same_training(with_, without)

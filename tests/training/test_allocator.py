@@ -24,6 +24,7 @@ print(page_faults())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator alone can be told")
+@pytest.mark.slow
 def test_tensors_of_a_step_lie_where_those_of_the_last_step_lay():
     command = [sys.executable, "-c", COUNT_FAULTS]
     found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
