@@ -1,28 +1,51 @@
 """What all tests share: one thread, the reference folder where it is there, and a tiny recipe."""
 
 import contextlib
+import gc
 import json
 import os
 import shutil
 import sysconfig
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 import yaml
 from leftovers import no_process_left  # noqa: F401 (a fixture of every test)
 
 from bov_lightning.cli import main
 from data_modules.sources import cut_at_lines
 
+if TYPE_CHECKING:
+    import torch
+
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-if not torch.cuda.is_available():
-    # Before anything imports Triton, which reads it once.
-    os.environ["TRITON_INTERPRET"] = "1"
+# What is imported stays: to look through it again and again is a fifth of the fast suite's time.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is collected, among what the tests make."""
+    gc.enable()
+    gc.freeze()
+
 
 REQUIRED = set(filter(None, os.environ.get("BOV_REQUIRE", "").split(",")))
 REPOSITORY = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("BOV_SHARED", REPOSITORY.parent / "shared"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Has Triton's kernels interpreted where no GPU compiles them, before Triton is imported.
+
+    The process that only hands tests to others (-n) waits for no import.
+    """
+    if getattr(config.option, "numprocesses", None):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def require(condition: bool, name: str, reason: str) -> None:
@@ -39,8 +62,10 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def device() -> torch.device:
+def device() -> "torch.device":
     """The GPU, or the CPU where there is none: the same lines run on both."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.device("cuda")
     if "gpu" in REQUIRED:

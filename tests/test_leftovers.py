@@ -5,6 +5,7 @@ import sys
 import textwrap
 
 import psutil
+import pytest
 from conftest import REPOSITORY
 
 TESTS = """
@@ -29,6 +30,7 @@ def test_three_finds_nobody():
 """
 
 
+@pytest.mark.slow
 def test_whatever_a_test_starts_ends_with_it(tmp_path):
     (tmp_path / "test_inside.py").write_text(textwrap.dedent(TESTS))
     (tmp_path / "conftest.py").write_text("from leftovers import no_process_left\n")

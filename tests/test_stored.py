@@ -210,6 +210,7 @@ def as_if_finished(run: Path) -> None:
     shutil.copy(STORED / "finished" / "metrics.csv", run)
 
 
+@pytest.mark.slow
 def test_report_shows_the_run_and_its_evaluation(stored, capsys):
     as_if_finished(RUN)
     bov("report", RUN, "--output", "page.html")

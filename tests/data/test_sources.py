@@ -173,7 +173,7 @@ def server(files, monkeypatch):
     FlakyServer.requests = 0
     handler = partial(FlakyServer, directory=str(files))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}"
         running.shutdown()
 

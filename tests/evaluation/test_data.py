@@ -100,7 +100,7 @@ def server(tmp_path, monkeypatch):
         bundle.writestr("eval_bundle/eval_data/other.jsonl", b"x" * 100_000)
     Server.content, Server.cut_off, Server.requests = archive.read_bytes(), False, []
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("BOV_EVAL_URL", f"http://127.0.0.1:{httpd.server_port}/bundle.zip")
     yield Server
     httpd.shutdown()

@@ -94,6 +94,7 @@ def plan(recipe: Path, capsys, *options: str) -> list[list[str]]:
     return [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
 
 
+@pytest.mark.slow
 def test_rows_cost_the_same_whatever_the_budget_is_called(tiny_recipe, capsys):
     values = ["--values", "standard,bov,bov_every_layer"]
     for budget in (["steps", "1000"], ["tokens", "256000"]):

@@ -133,6 +133,7 @@ def test_logits_of_chosen_positions():
     assert torch.allclose(cached, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_bfloat16_is_as_close_to_fp32_as_without_a_cache():
     for name in ("standard", "bov", "first_layer", "initial_embedding", "value_embedding_gated"):

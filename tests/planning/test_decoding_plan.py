@@ -22,6 +22,7 @@ def test_planned_bytes_are_those_of_real_tensors(name):
     assert plan["weight_bytes"]["this"] == sum(p.numel() for p in model.parameters()) * 2
 
 
+@pytest.mark.slow
 def test_the_780m_shape_breaks_even_where_the_paper_says(capsys):
     command = ["plan", "--config", "bov-780m", "--inference", "--context", "32768", "--json"]
     assert main(command) == 0

@@ -82,7 +82,8 @@ def test_one_device_holds_what_the_parameters_say():
     assert found["optimizer"] == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize("world", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3, 8])
 def test_sharding_divides_parameters_gradients_optimizer_and_tables(world):
     one, many = plan(), plan(world=world)
     for kind in ("parameters", "gradients", "optimizer", "tables"):

@@ -97,6 +97,7 @@ def test_cells_are_read_back_from_their_file(tmp_path):
     assert shown(None, columns[2]) == shown(float("nan"), columns[1]) == "-"
 
 
+@pytest.mark.slow
 def test_more_rows_than_styles_say_so(tmp_path):
     for i, name in enumerate([*VALUES, *VALUES]):
         write_run(tmp_path / "runs" / f"{name}{i}", name, model_dtype=i // len(VALUES))

@@ -55,6 +55,7 @@ def test_resolved_recipe_trains_the_same_model_again(tiny_run):
     assert_same_end(tiny_run, again)
 
 
+@pytest.mark.slow
 def test_two_resumes_equal_none(tiny_recipe, trained, tiny_run):
     whole, parts = trained, tiny_run
     for stop in (4, 6):
