@@ -15,7 +15,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 help:
 	@echo "make quickstart   train, validate and sample a small model (about 5 minutes on 2 cores)"
 	@echo "make test         run every test that this machine can run"
-	@echo "make test-fast    run the tests that take under a minute"
+	@echo "make test-fast    run the fast tests, in three quarters of a minute"
 	@echo "make soak         kill one run at 30 random moments, and compare it with an undisturbed one"
 	@echo "make bench        run all benchmarks and compare with those before (under 10 minutes)"
 	@echo "make gpu-check    check the kernels and sharding on this machine's GPU"
@@ -53,11 +53,11 @@ quickstart: install
 	$(BIN)/bov generate runs/quickstart --prompt "def read(self, path):" --max-new-tokens 80
 	@echo "--- the run lies in runs/quickstart"
 
-# Two processes with one thread each: the tests train tiny models. Those that start several
-# processes themselves, and the drills on a SLURM cluster, have the machine to themselves.
+# Two processes with one thread each: the tests train tiny models. The drills on SLURM clusters wait
+# most of the time, four side by side.
 test: $(VENV)/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not distributed and not slurm"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile -m "distributed or slurm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile -m slurm
 
 test-fast: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not distributed and not slurm"

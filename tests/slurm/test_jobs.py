@@ -30,7 +30,7 @@ def test_all_at_once(cluster, tiny_settings, workplace, shared, monkeypatch, cap
     settings = {
         **tiny_settings,
         "run": {"name": "all"},
-        "model": {**tiny_settings["model"], "budget": {"steps": 80}},
+        "model": {**tiny_settings["model"], "budget": {"steps": 60}},
         "checkpoint": {"every_steps": 20, "keep_last": 1, "keep_every": 20},
         "validation": {"every_steps": 30, "tokens": 640},
         "evaluation": {
@@ -70,7 +70,7 @@ def test_all_at_once(cluster, tiny_settings, workplace, shared, monkeypatch, cap
             # Random states count what evaluations drew, and put back; they are equal too.
             assert torch.equal(tensor, found[key]), key
     for task in ("core_copa", "core_winograd"):
-        for step in range(20, 81, 20):
+        for step in range(20, 61, 20):
             results = [
                 path
                 for path in (job.run / "eval" / f"step-{step:08d}").glob("results*.json")
