@@ -10,12 +10,13 @@ export PYTHONNOUSERSITE := 1
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help install install-triton quickstart test test-fast soak bench gpu-check docs lint format
+.PHONY: help install install-triton quickstart test test-fast test-bounds soak bench gpu-check docs lint format
 
 help:
 	@echo "make quickstart   train, validate and sample a small model (about 5 minutes on 2 cores)"
 	@echo "make test         run every test that this machine can run"
 	@echo "make test-fast    run the fast tests, in three quarters of a minute"
+	@echo "make test-bounds  run those at the lowest and at the newest versions of what it needs"
 	@echo "make soak         kill one run at 30 random moments, and compare it with an undisturbed one"
 	@echo "make bench        run all benchmarks and compare with those before (under 10 minutes)"
 	@echo "make gpu-check    check the kernels and sharding on this machine's GPU"
@@ -57,10 +58,14 @@ quickstart: install
 # most of the time, four side by side.
 test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slurm"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile -m slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile tests/slurm
 
 test-fast: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not distributed and not slurm"
+
+# In environments of their own; torch's builds at the ends take gigabytes and many minutes.
+test-bounds:
+	$(PYTHON) tests/bounds.py lower newest
 
 # kill -9 at 30 random moments of one run, half of them during a save (about 10 minutes).
 soak: $(VENV)/installed-test
