@@ -10,6 +10,7 @@ from bov_lightning.errors import UserError
 from bov_lightning.recipe.building import user_errors
 from bov_lightning.recipe.given import Given
 from bov_lightning.recipe.keys import unknown_key
+from bov_lightning.recipe.settling import settle
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
@@ -26,14 +27,17 @@ DATA_LINKS = {
 def check_class(section: dict, where: str, origin: str) -> None:
     """Names the nearest argument for an unknown one of ``section``'s class, if it can be found."""
     path, arguments = section.get("class_path"), section.get("init_args") or {}
+    if not isinstance(arguments, dict):
+        raise UserError(f"{origin}: {where}.init_args is {arguments!r}, but must be a mapping")
     module_name, _, class_name = str(path).rpartition(".")
     try:
         known = inspect.signature(getattr(import_module(module_name), class_name)).parameters
     except (ImportError, ValueError, AttributeError, TypeError):
         raise UserError(f"{origin}: {where}.class_path {path} cannot be imported") from None
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     for name, value in arguments.items():
         here = f"{where}.init_args.{name}"
-        if name not in known:
+        if name not in known and not takes_any:
             options = [f"{where}.init_args.{option}" for option in known]
             raise unknown_key(here, options, origin)
         if isinstance(value, dict) and "class_path" in value:
@@ -41,11 +45,16 @@ def check_class(section: dict, where: str, origin: str) -> None:
 
 
 def data_section(given: Given) -> dict[str, Any]:
-    """The recipe's data section; one that is missing, or has unknown keys, is a `UserError`."""
+    """The recipe's data section, settled; a missing one, or unknown keys, is a `UserError`."""
     if not given.plain.get("data"):
         raise given.error("the recipe has no data section")
     check_class(given.plain["data"], "data", given.origin)
-    return given.plain["data"]
+    if given.stored:
+        return given.plain["data"]
+    try:
+        return settle(given.plain["data"], Any, "data")
+    except UserError as error:
+        raise given.error(str(error)) from None
 
 
 def build_data(given: Given) -> "LightningDataModule":
