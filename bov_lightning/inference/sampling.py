@@ -17,7 +17,7 @@ class Sampling:
 
     max_new_tokens: Annotated[int, COUNT] = 100
     """Tokens to add at most."""
-    temperature: Annotated[float, Range(0, 1e6)] = 0.8
+    temperature: Annotated[float, Range(0, 10**6)] = 0.8
     """Divides the logits; 0: always the likeliest token."""
     top_k: Annotated[int | None, COUNT] = None
     """Choose among the k likeliest only; None: all."""

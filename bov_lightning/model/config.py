@@ -32,7 +32,9 @@ class ValueConfig:
     ] = "last_third"
     """The target layers: a named set, or a list of layer indices that starts at 0."""
 
-    coefficient: Annotated[Literal["learned", "gate"] | float, Range(-1e6, 1e6, soft=True)] = 1.0
+    coefficient: Annotated[
+        Literal["learned", "gate"] | float, Range(-(10**6), 10**6, soft=True)
+    ] = 1.0
     """What the source is multiplied by: one learned scalar per layer, an input-dependent gate per
     key-value head, or a fixed number."""
 

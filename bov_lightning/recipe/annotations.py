@@ -14,7 +14,7 @@ from bov_lightning.kinds import Range, is_path, range_of
 TRAINER: dict[str, Any] = {
     "num_nodes": Annotated[int, Range(1, 100_000)],
     "log_every_n_steps": Annotated[int | None, Range(1, 10**9)],
-    "gradient_clip_val": Annotated[float | None, Range(0, 1e9)],
+    "gradient_clip_val": Annotated[float | None, Range(0, 10**9)],
 }
 """Numbers of the trainer section, whose keys are Lightning's, not ours."""
 
@@ -46,6 +46,14 @@ def dataclass_of(annotation: Any) -> type | None:
     """The dataclass among the types of an annotation."""
     found = (x for x in options_of(annotation) if dataclasses.is_dataclass(x))
     return next(found, None)
+
+
+def class_of(annotation: Any) -> type | None:
+    """The one class of ours or of somebody else's that a value has to be; None for other types."""
+    options = [x for x in options_of(annotation) if x is not NoneType]
+    if len(options) != 1 or not isinstance(options[0], type) or options[0].__module__ == "builtins":
+        return None
+    return None if dict in options[0].__mro__ or _is_path_type(options[0]) else options[0]
 
 
 def is_optional(annotation: Any) -> bool:
@@ -110,6 +118,13 @@ def in_words(annotation: Any) -> str:
             f", {found}"
         )  # fmt: skip
     return " or ".join([*parts, *(["null"] if NoneType in options else [])])
+
+
+def needed(annotation: Any) -> str:
+    """`in_words` in a sentence: an integer, a list of text."""
+    words = in_words(annotation)
+    words = re.sub(r"(^| or )(integer)", r"\1an \2", words)
+    return re.sub(r"(^| or )(number|list|mapping|class_path)", r"\1a \2", words)
 
 
 def _word(option: Any) -> str:

@@ -12,8 +12,8 @@ from bov_lightning.errors import UserError
 from bov_lightning.recipe.annotations import (
     dataclass_of,
     hints_of,
-    in_words,
     is_optional,
+    needed,
     number_in,
     options_of,
 )
@@ -52,7 +52,7 @@ def _typed(value: Any, annotation: Any, where: str) -> Any:
             return _as(value, option, where)
         except _MisfitError:
             pass
-    raise UserError(f"{where} is {value!r}, but must be {in_words(annotation)}")
+    raise UserError(f"{where} is {value!r}, but must be {needed(annotation)}")
 
 
 def _as(value: Any, option: Any, where: str) -> Any:
@@ -87,14 +87,31 @@ def one_line(error: Exception) -> str:
     """The gist of one of jsonargparse's multi-line messages."""
     if isinstance(error.__cause__, UserError):
         return str(error.__cause__)
-    text = str(error)
+    return _gist(str(error))
+
+
+def _gist(text: str) -> str:
+    problem = re.search(
+        r"Problem with given class_path '([^']+)':\n(.*?)(?=\n\s*- (?:Not a|Expected|Problem)|\Z)",
+        text,
+        re.DOTALL,
+    )
     key = re.search(r'key "([^"]+)"', text)
+    if problem:
+        return f"{key[1] + ': ' if key else ''}{problem[1]}: {_gist(problem[2])}"
     expected = re.findall(r"Expected an? (.+?)(?:\. Got|\n|$)", text)
     value = re.search(r"(?:Given value|Got value): (.*)", text)
     if not (key and expected and value):
         return " ".join(text.split())
-    options = [re.sub(r"<class '(.+)'>|typing\.Literal", r"\1", option) for option in expected]
+    options = [
+        re.sub(r"typing\.Literal\[(.+)\]", _words, re.sub(r"<class '(.+)'>", r"\1", option))
+        for option in expected
+    ]
     return f"{key[1]} is {value[1]!r}, but must be {' or '.join(options)}"
+
+
+def _words(literal: re.Match) -> str:
+    return literal[1].replace("'", "").replace(", ", " or ")
 
 
 @contextmanager
@@ -109,22 +126,32 @@ def user_errors(origin: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
+        chain: list[BaseException] = [error]
+        while cause := chain[-1].__cause__ or chain[-1].__context__:
+            chain.append(cause)
+        for cause in chain:
             if isinstance(cause, UserError):
                 raise UserError(f"{origin}: {cause}") from None
             if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            cause = cause.__cause__ or cause.__context__
         if type(error).__module__.startswith(("jsonargparse", "argparse")):
             raise UserError(f"{origin}: {one_line(error)}") from None
-        raise UserError(f"{origin}: {_said(error)}") from error
+        raise UserError(f"{origin}: {_said(error, chain[-1])}") from error
 
 
-def _said(error: Exception) -> str:
-    """What a class of somebody else's says; the name of the error where that says little."""
-    text = " ".join(str(error).split())[:400]
-    name = type(error).__name__
-    return text if " " in text and name.startswith(("Misconfig", "Value", "Type")) else (
-        f"{name}: {text}".rstrip(": ")
-    )  # fmt: skip
+def _said(error: Exception, first: BaseException) -> str:
+    """What a class of somebody else's says; the name of the error where that says little.
+
+    Args:
+        error: what was raised.
+        first: what it came of.
+    """
+    where = ""
+    if str(error).startswith("Does not validate"):
+        # jsonargparse tries all types that an argument may have, and reports them all.
+        named = re.search(r"class_path='([^']+)'", str(error))
+        error, where = first, f"{named[1]}: " if named else ""
+    text, name = " ".join(str(error).split())[:400], type(error).__name__
+    if " " in text and name.startswith(("Misconfiguration", "Value", "Type")):
+        return where + text
+    return f"{where}{name}: {text}".rstrip(": ")

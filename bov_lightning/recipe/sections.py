@@ -9,6 +9,9 @@ from bov_lightning.kinds import COUNT, PATH, SEED, Range, check_least
 from bov_lightning.model.config import TransformerConfig
 from bov_lightning.optim.config import OptimizerConfig
 
+MAX_NAME = 200
+"""Bytes of a run's name: file systems take 255, and jobs and sweeps add to it."""
+
 
 @dataclass(frozen=True)
 class BudgetConfig:
@@ -76,10 +79,16 @@ class RunConfig:
     tokens that of this run is shown; it may still be training."""
 
     def __post_init__(self):
-        if self.name is not None and (not self.name or Path(self.name).name != self.name):
+        if self.name is None:
+            return
+        if self.name in ("", "..") or Path(self.name).name != self.name:
             raise UserError(
                 f"run.name {self.name!r} must be one folder name: use run.root for paths"
             )
+        if not self.name.isprintable():
+            raise UserError(f"run.name {self.name!r} has characters that cannot be printed")
+        if len(self.name.encode()) > MAX_NAME:
+            raise UserError(f"run.name has {len(self.name.encode())} bytes: at most {MAX_NAME}")
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from bov_lightning.recipe.annotations import (
     dataclass_of,
     element_of,
     hints_of,
-    in_words,
     is_free_text,
     is_local_path,
     is_optional,
     is_text,
+    needed,
     number_in,
     options_of,
 )
@@ -109,7 +109,7 @@ def settle(value: Any, annotation: Any, where: str, context: Any = None) -> Any:
         kinds = set(options_of(annotation)) - {NoneType}
         fits = number is not None and (float in kinds or isinstance(number, int))
         if kinds <= {int, float} and not fits:
-            raise UserError(f"{where} is {value!r}, but must be {in_words(annotation)}")
+            raise UserError(f"{where} is {value!r}, but must be {needed(annotation)}")
         if number is not None and (wrong := found.refusal(number)):
             raise UserError(f"{where} {wrong}")
     return value
@@ -137,7 +137,7 @@ def _settle_class(value: dict, where: str, context: Any) -> dict:
 def _settle_text(value: Any, annotation: Any, where: str) -> str:
     if not isinstance(value, str):
         if isinstance(value, dict | list):
-            raise UserError(f"{where} is {value!r}, but must be {in_words(annotation)}")
+            raise UserError(f"{where} is {value!r}, but must be {needed(annotation)}")
         kind = {bool: "true or false", int: "a number", float: "a number"}.get(
             type(value), "a date"
         )
@@ -148,4 +148,11 @@ def _settle_text(value: Any, annotation: Any, where: str) -> str:
     if not value.strip():
         null = ", or null" if is_optional(annotation) else ""
         raise UserError(f"{where} is empty: give it a text{null}")
+    if not _is_unicode(value):
+        raise UserError(f"{where} is {value!r}, which is no UTF-8")
     return home(value, where) if is_local_path(annotation) else value
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it has none of the characters that stand for bytes of something else."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -19,7 +19,7 @@ from bov_lightning.errors import UserError
 from bov_lightning.model.config import TransformerConfig
 from bov_lightning.optim.config import OptimizerConfig
 from bov_lightning.recipe.building import user_errors
-from bov_lightning.recipe.data_module import DATA_LINKS, data_section
+from bov_lightning.recipe.data_module import DATA_LINKS, check_class, data_section
 from bov_lightning.recipe.given import Given
 from bov_lightning.recipe.keys import unknown_key
 from bov_lightning.recipe.sameness import plain
@@ -181,6 +181,14 @@ def build_cli(
         if key not in trainer_keys:
             options = [f"trainer.{name}" for name in trainer_keys if name != "self"]
             raise unknown_key(f"trainer.{key}", options, given.origin)
+    data = data_section(given)
+    check_class(data, "data", given.origin, LightningDataModule)
+    for key, value in trainer.items():
+        for i, item in enumerate(value if isinstance(value, list) else [value]):
+            # jsonargparse knows the classes of Lightning by their names alone, too.
+            if isinstance(item, dict) and "." in str(item.get("class_path")):
+                where = f"trainer.{key}[{i}]" if isinstance(value, list) else f"trainer.{key}"
+                check_class(item, where, given.origin)
     with user_errors(given.origin):
         count_devices(trainer.get("devices"))
         return RecipeCLI(given, loggers or [], make_callbacks)
