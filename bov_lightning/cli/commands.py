@@ -32,14 +32,11 @@ def _fit(arguments: list[str]) -> None:
 
 
 def _print_keys() -> None:
-    from jsonargparse import ArgumentParser, set_parsing_settings
+    import shutil
 
-    from bov_lightning.recipe.sections import Recipe
+    from bov_lightning.recipe.explained import listing
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="bov fit", usage="bov fit --config R.yaml [--key VALUE ...]")
-    parser.add_class_arguments(Recipe)
-    parser.print_help()
+    print(listing(shutil.get_terminal_size().columns))
 
 
 def _validate(arguments: list[str]) -> None:

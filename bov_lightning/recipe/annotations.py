@@ -113,10 +113,10 @@ def in_words(annotation: Any) -> str:
     options, found = options_of(annotation), range_of(annotation)
     # Null last: what a key means comes first.
     parts = [_word(x) for x in options if x is not NoneType]
+    if is_path(annotation):
+        parts = [part.replace("text", "path") for part in parts]
     if found is not None:
-        parts[-1] += f" {found}" if found.least is not None and found.most is not None else (
-            f", {found}"
-        )  # fmt: skip
+        parts[-1] += f" {found}"
     return " or ".join([*parts, *(["null"] if NoneType in options else [])])
 
 
