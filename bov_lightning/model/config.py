@@ -106,6 +106,8 @@ class TransformerConfig:
     """Where value vectors come from."""
 
     def __post_init__(self):
+        if self.d_model < 24:
+            raise UserError(f"model.config.d_model is {self.d_model}: the smear reads 24 channels")
         check_least(self, "model.config")
         if self.d_model % self.n_head:
             fitting = [n for n in range(1, self.d_model + 1) if self.d_model % n == 0]

@@ -17,13 +17,13 @@ MAX_NAME = 200
 class BudgetConfig:
     """How long to train. Exactly one of the four."""
 
-    flops: Annotated[float | None, Range(above=0)] = None
+    flops: Annotated[float | None, Range(above=0, most=10**40)] = None
     """Training FLOPs of the whole run."""
 
-    tokens: Annotated[float | None, Range(above=0)] = None
+    tokens: Annotated[float | None, Range(above=0, most=10**40)] = None
     """Training tokens of the whole run."""
 
-    tokens_per_param: Annotated[float | None, Range(above=0)] = None
+    tokens_per_param: Annotated[float | None, Range(above=0, most=10**40)] = None
     """Training tokens per scaling parameter (block matrices and head, with standard values)."""
 
     steps: Annotated[int | None, COUNT] = None
