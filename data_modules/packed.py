@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 import lightning.pytorch as pl
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bov_lightning.errors import UserError
+from bov_lightning.kinds import COUNT, PATH, SEED, Range
 from data_modules.corpus import Corpus, Rows
 from data_modules.order import rows_at
 from data_modules.packing import PackingConfig
@@ -138,16 +140,16 @@ class PackedDataModule(CorpusDataModule):
 
     def __init__(
         self,
-        directory: str,
+        directory: Annotated[str, PATH],
         source: TextSource,
         tokenizer: TokenizerConfig = TokenizerConfig(),
         packing: PackingConfig = PackingConfig(),
-        n_shard: int = 16,
+        n_shard: Annotated[int, Range(1, 1_000_000)] = 16,
         on_error: OnError = "error",
-        sequence_len: int = 2048,
-        micro: int = 16,
-        seed: int = 0,
-        validation_tokens: int | None = None,
+        sequence_len: Annotated[int, COUNT] = 2048,
+        micro: Annotated[int, COUNT] = 16,
+        seed: Annotated[int, SEED] = 0,
+        validation_tokens: Annotated[int | None, COUNT] = None,
     ):
         """
         Args:

@@ -4,11 +4,11 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
-from bov_lightning.errors import UserError
+from bov_lightning.kinds import Range, check_least
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,11 @@ class PackingConfig:
     """best_fit: rows start with a document, the paper's way; crops what does not fit. concat:
     documents follow one another across rows; crops nothing."""
 
-    buffer: int = 1000
+    buffer: Annotated[int, Range(1, 10_000_000)] = 1000
     """Documents that best_fit chooses from."""
 
     def __post_init__(self):
-        if self.buffer < 1:
-            raise UserError(f"data: packing.buffer is {self.buffer}: at least 1")
+        check_least(self, "data: packing")
 
 
 @dataclass

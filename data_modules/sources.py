@@ -14,9 +14,10 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from bov_lightning.errors import UserError
+from bov_lightning.kinds import COUNT, PATH, Range
 
 Split = Literal["train", "val"]
 
@@ -86,7 +87,11 @@ class StandardLibrary(TextSource):
         {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
     )
 
-    def __init__(self, val_one_in: int = 10, max_chars: int = 500):
+    def __init__(
+        self,
+        val_one_in: Annotated[int, Range(2, 1_000_000)] = 10,
+        max_chars: Annotated[int, COUNT] = 500,
+    ):
         """
         Args:
             val_one_in: one file in so many is held out for validation, chosen by its path.
@@ -140,7 +145,12 @@ class TextFiles(TextSource):
 
     KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".md", ".py")
 
-    def __init__(self, train: list[str], val: list[str], column: str = "text"):
+    def __init__(
+        self,
+        train: Annotated[list[str], PATH],
+        val: Annotated[list[str], PATH],
+        column: str = "text",
+    ):
         """
         Args:
             train: paths or glob patterns of the training files.
@@ -286,7 +296,7 @@ class HubDataset(TextSource):
 
     def __init__(
         self,
-        path: str,
+        path: Annotated[str, PATH],
         name: str | None = None,
         train_split: str = "train",
         val_split: str = "validation",
@@ -343,7 +353,7 @@ class Weighted:
 
     source: TextSource
     """The source."""
-    weight: float = 1.0
+    weight: Annotated[float, Range(above=0)] = 1.0
     """Its share, relative to the other weights."""
 
 

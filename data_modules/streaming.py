@@ -12,7 +12,7 @@ tokenizes one segment per lane again.
 import multiprocessing
 import queue
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bov_lightning.distributed.ranks import Ranks
 from bov_lightning.errors import UserError
+from bov_lightning.kinds import COUNT, PATH, SEED, Range
 from data_modules.corpus import Corpus
 from data_modules.lanes import serve, start_lane
 from data_modules.packed import CorpusDataModule
@@ -171,17 +172,17 @@ class StreamingDataModule(CorpusDataModule):
 
     def __init__(
         self,
-        directory: str,
+        directory: Annotated[str, PATH],
         source: TextSource,
         tokenizer: TokenizerConfig = TokenizerConfig(),
         packing: PackingConfig = PackingConfig(buffer=128),
-        n_lane: int = 64,
-        n_worker: int = 2,
+        n_lane: Annotated[int, Range(1, 1_000_000)] = 64,
+        n_worker: Annotated[int, Range(0, 10_000)] = 2,
         on_error: OnError = "error",
-        sequence_len: int = 2048,
-        micro: int = 16,
-        seed: int = 0,
-        validation_tokens: int | None = None,
+        sequence_len: Annotated[int, COUNT] = 2048,
+        micro: Annotated[int, COUNT] = 16,
+        seed: Annotated[int, SEED] = 0,
+        validation_tokens: Annotated[int | None, COUNT] = None,
     ):
         """
         Args:

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from bov_lightning.errors import UserError
+from bov_lightning.kinds import COUNT, PATH, Range
 
 BOS = "<|bos|>"
 
@@ -25,16 +27,16 @@ SPLIT_PATTERN = (
 class TokenizerConfig:
     """The tokenizer: trained on the training documents, or read from ``path``."""
 
-    vocab_size: int = 32768
+    vocab_size: Annotated[int, Range(1, 2**31)] = 32768
     """Token ids to train, <|bos|> among them."""
 
-    path: str | None = None
+    path: Annotated[str | None, PATH] = None
     """A directory with a tokenizer.json to use instead of training one."""
 
-    max_chars: int = 2_000_000_000
+    max_chars: Annotated[int, COUNT] = 2_000_000_000
     """Characters to train on at most."""
 
-    max_chars_per_document: int = 10_000
+    max_chars_per_document: Annotated[int, COUNT] = 10_000
     """Characters of each document to train on at most."""
 
     def __post_init__(self):

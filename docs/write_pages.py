@@ -7,20 +7,17 @@ python docs/write_pages.py commands.md FOLDER [PATTERN]
     they print beneath each
 """
 
-import dataclasses
 import inspect
-import json
 import os
 import re
 import subprocess
 import sys
-import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from docstring_parser import parse_from_object
-
+from bov_lightning.recipe.annotations import dataclass_of
+from bov_lightning.recipe.explained import keys_of
 from bov_lightning.recipe.sections import Recipe
 
 DOCS = Path(__file__).parent
@@ -37,86 +34,31 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _type(annotation: typing.Any) -> str:
-    """An annotation as a reader of YAML understands it."""
-    if annotation is type(None):
-        return "null"
-    if typing.get_origin(annotation) is typing.Literal:
-        return " or ".join(str(option) for option in typing.get_args(annotation))
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        return " or ".join(_type(option) for option in typing.get_args(annotation))
-    names = {bool: "true or false", str: "text", int: "integer", float: "number"}
-    if annotation in names:
-        return names[annotation]
-    if typing.get_origin(annotation) is list:
-        return f"list of {_type(typing.get_args(annotation)[0])}"
-    if dataclasses.is_dataclass(annotation):
-        names = [field.name for field in dataclasses.fields(annotation)]
-        return f"mapping of {', '.join(names[:-1])} and {names[-1]}"
-    if typing.get_origin(annotation) is dict:
-        return "mapping"
-    return f"class_path of a {annotation.__name__}"
-
-
-def _yaml(value: typing.Any) -> str:
-    if value is inspect.Parameter.empty:
-        return "required"
-    if dataclasses.is_dataclass(value):
-        return "its own defaults"
-    return f"`{value if isinstance(value, str) else json.dumps(value)}`"
-
-
 def _table(rows: list[tuple[str, ...]]) -> str:
     head = ("key", "what", "type", "default")
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(row) + " |" for row in lines)
 
 
-def _described(cls: type) -> dict[str, str]:
-    return {entry.arg_name: entry.description or "" for entry in parse_from_object(cls).params}
-
-
-def _section_of(annotation: typing.Any) -> type | None:
-    """The dataclass in ``D`` or ``D | None``."""
-    options = typing.get_args(annotation) or (annotation,)
-    return next((option for option in options if dataclasses.is_dataclass(option)), None)
-
-
 def sections(cls: type, key: str = "") -> Iterator[tuple[str, type]]:
     """(dotted key, dataclass) of a section and all within it."""
     yield key, cls
     for name, annotation in typing.get_type_hints(cls).items():
-        if nested := _section_of(annotation):
+        if nested := dataclass_of(annotation):
             yield from sections(nested, f"{key}.{name}".lstrip("."))
 
 
-def _fields(cls: type, key: str) -> list[tuple[str, ...]]:
-    described, hints = _described(cls), typing.get_type_hints(cls)
+def _rows(cls: type, key: str = "") -> list[tuple[str, ...]]:
     rows = []
-    for field in dataclasses.fields(cls):
-        here = f"{key}.{field.name}".lstrip(".")
-        if _section_of(hints[field.name]):
-            link = f"[`{field.name}`](#{here.replace('.', '')})"
-            rows.append((link, _cell(described[field.name]), "section", ""))
-            continue
-        default = field.default
-        if default is dataclasses.MISSING:
-            default = (
-                inspect.Parameter.empty
-                if field.default_factory is dataclasses.MISSING
-                else field.default_factory()
-            )
-        what = _cell(described[field.name])
-        rows.append((f"`{field.name}`", what, _type(hints[field.name]), _yaml(default)))
+    for found in keys_of(cls):
+        name, default = f"`{found.name}`", f"`{found.default}`"
+        if found.section:
+            anchor = f"{key}.{found.name}".replace(".", "")
+            name, default = f"[{name}](#{anchor})", ""
+        elif found.default in ("required", "its own defaults"):
+            default = found.default
+        rows.append((name, _cell(found.meaning), found.words, default))
     return rows
-
-
-def _arguments(cls: type) -> list[tuple[str, ...]]:
-    described, hints = _described(cls.__init__), typing.get_type_hints(cls.__init__)
-    return [
-        (f"`{name}`", _cell(described[name]), _type(hints[name]), _yaml(parameter.default))
-        for name, parameter in inspect.signature(cls).parameters.items()
-    ]
 
 
 def keys() -> str:
@@ -127,11 +69,11 @@ def keys() -> str:
     parts = [
         "# Keys of a recipe",
         "<!-- Written by docs/write_pages.py from the docstrings: change those. -->",
-        "Every key with its meaning, type and default. `bov fit --keys` prints the same in a "
-        "terminal; [Recipes](recipes.md) tells how files are put together.",
+        "Every key with its meaning, type, range and default. `bov fit --keys` prints the same in "
+        "a terminal; [Recipes](recipes.md) tells how files are put together.",
     ]
     for key, cls in sections(Recipe):
-        parts += [f"## {key or 'The whole recipe'}", cls.__doc__.strip(), _table(_fields(cls, key))]
+        parts += [f"## {key or 'The whole recipe'}", cls.__doc__.strip(), _table(_rows(cls, key))]
     parts += [
         "## Classes that a recipe names",
         "Given as `class_path` and `init_args`. [Data](data.md) explains all but the last, "
@@ -144,13 +86,13 @@ def keys() -> str:
     for cls in (*classes, ShardedStrategy):
         module = "data_modules" if cls in classes else cls.__module__
         title, doc = f"### {module}.{cls.__name__}", inspect.getdoc(cls).partition("\n\n")[0]
-        parts += [title, " ".join(doc.split()), _table(_arguments(cls))]
+        parts += [title, " ".join(doc.split()), _table(_rows(cls))]
         if cls is not classes[1]:
             continue
         parts.append("Of both, `tokenizer`:")
-        parts.append(_table(_fields(data_modules.TokenizerConfig, "tokenizer")))
+        parts.append(_table(_rows(data_modules.TokenizerConfig)))
         parts.append("and `packing`:")
-        parts.append(_table(_fields(data_modules.PackingConfig, "packing")))
+        parts.append(_table(_rows(data_modules.PackingConfig)))
     return "\n\n".join(parts) + "\n"
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bov_lightning.errors import UserError
 from bov_lightning.files import write_file
+from bov_lightning.kinds import home
 
 VARIABLE = "BOV_EVAL_DATA"
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
@@ -28,7 +29,7 @@ def default_directory() -> Path:
 
 def data_directory(given: str | Path | None) -> Path:
     """The directory given, else that of BOV_EVAL_DATA, else the one that downloads go to."""
-    return Path(given or os.environ.get(VARIABLE) or default_directory())
+    return Path(home(str(given or os.environ.get(VARIABLE) or default_directory())))
 
 
 def find_file(directory: Path, name: str) -> Path | None:

@@ -4,6 +4,7 @@ import errno
 import gc
 import os
 import sys
+import traceback
 
 from bov_lightning.cli.commands import COMMANDS
 from bov_lightning.errors import UserError
@@ -49,8 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments[0] not in COMMANDS:
             import difflib
 
-            close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"use {', '.join(COMMANDS)}"
+            close = difflib.get_close_matches(arguments[0], COMMANDS, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}?" if close else "bov --help lists them"
             raise UserError(f"unknown command {arguments[0]!r}: {hint}")
         COMMANDS[arguments[0]](arguments[1:])
     except UserError as error:
@@ -65,7 +66,23 @@ def main(arguments: list[str] | None = None) -> int:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         return _fail(f"{error.filename or 'the file system'}: {error.strerror}")
+    except Exception as error:
+        if not _is_recipes_fault(error):
+            raise
+        return _fail(str(error))
     return 0
+
+
+def _is_recipes_fault(error: Exception) -> bool:
+    """Whether Lightning says that a recipe asks it, or one of its callbacks, for the impossible.
+
+    Told by names, since Lightning takes seconds to import.
+    """
+    if type(error).__name__ == "MisconfigurationException":
+        return True
+    frames = list(traceback.walk_tb(error.__traceback__))
+    where = frames[-1][0].f_globals.get("__name__", "") if frames else ""
+    return type(error) is RuntimeError and where.startswith("lightning.pytorch.callbacks.")
 
 
 def _fail(message: str) -> int:

@@ -1,15 +1,27 @@
 """The commands: each reads its options, and imports what it needs when it runs."""
 
+import re
 from pathlib import Path
 
-from bov_lightning.cli.options import Parser, add_options, read_given, read_options, recipe_parser
+from bov_lightning.cli.options import (
+    Parser,
+    add_options,
+    number,
+    parse_with_keys,
+    path,
+    path_text,
+    read_given,
+    read_options,
+    recipe_parser,
+)
 from bov_lightning.errors import UserError
+from bov_lightning.kinds import COUNT, SEED, Range
 
 
 def _fit(arguments: list[str]) -> None:
     parser = recipe_parser("fit", "Trains a recipe; continues its run if there is one.")
     parser.add_argument("--keys", action="store_true", help="list all keys of a recipe and exit")
-    known, options = parser.parse_known_args(arguments)
+    known, options = parse_with_keys(parser, arguments)
     if known.keys:
         _print_keys()
         return
@@ -20,22 +32,19 @@ def _fit(arguments: list[str]) -> None:
 
 
 def _print_keys() -> None:
-    from jsonargparse import ArgumentParser, set_parsing_settings
+    import shutil
 
-    from bov_lightning.recipe.sections import Recipe
+    from bov_lightning.recipe.explained import listing
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="bov fit", usage="bov fit --config R.yaml [--key VALUE ...]")
-    parser.add_class_arguments(Recipe)
-    parser.print_help()
+    print(listing(shutil.get_terminal_size().columns))
 
 
 def _validate(arguments: list[str]) -> None:
     parser = recipe_parser("validate", "Prints val_bpb on the held-out text of the run's data.")
     parser.add_argument(
-        "checkpoint", help="a run directory (its newest checkpoint) or a checkpoint"
+        "checkpoint", type=path_text, help="a run directory (its newest checkpoint) or a checkpoint"
     )
-    known, options = parser.parse_known_args(arguments)
+    known, options = parse_with_keys(parser, arguments)
     from bov_lightning.checkpoint.directory import CONFIG, find_checkpoint
     from bov_lightning.recipe.given import read_stored
 
@@ -50,16 +59,14 @@ def _validate(arguments: list[str]) -> None:
 
 def _prepare(arguments: list[str]) -> None:
     parser = recipe_parser("prepare", "Makes a recipe's tokenizer and packed token shards.")
-    parser.add_argument(
-        "--processes", type=int, help="how many pack at once; one per core if not given"
+    number(
+        parser, "--processes", int, COUNT, help="how many pack at once; one per core if not given"
     )
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="machine I of N, from 0")
-    known, options = parser.parse_known_args(arguments)
+    known, options = parse_with_keys(parser, arguments)
     index, _, total = known.shard.partition("/")
-    if not (index.isdigit() and total.isdigit() and int(index) < int(total)):
+    if not (re.fullmatch("[0-9]{1,9}/[0-9]{1,9}", known.shard) and int(index) < int(total)):
         raise UserError(f"--shard {known.shard}: give I/N with I from 0 to N-1, such as 0/4")
-    if known.processes is not None and known.processes < 1:
-        raise UserError(f"--processes is {known.processes}: at least 1")
     given = read_given(known, options)
     from bov_lightning.recipe.data_module import build_data
 
@@ -75,21 +82,23 @@ def _prepare(arguments: list[str]) -> None:
 def _plan(arguments: list[str]) -> None:
     parser = recipe_parser("plan", "Prints what a recipe costs; trains and allocates nothing.")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
-        "--devices", type=int, help="devices of the run; trainer.devices x num_nodes if not given"
-    )
+    number(
+        parser, "--devices", int, COUNT,
+        help="devices of the run; trainer.devices x num_nodes if not given",
+    )  # fmt: skip
     parser.add_argument(
         "--memory", metavar="80GB",
         help="of a device: a plan that needs more fails; that of this machine's GPUs if not given",
     )  # fmt: skip
     parser.add_argument("--inference", action="store_true", help="what decoding costs instead")
-    parser.add_argument("--batch", type=int, default=1, help="rows decoded together")
-    parser.add_argument("--context", type=int, help="tokens per row; 10 x sequence_len")
-    parser.add_argument(
-        "--bandwidth", type=float, default=3350, help="memory's GB/s (an H100's if not given)"
-    )
-    parser.add_argument("--plot", type=Path, help="also draw caches against context, to a file")
-    known, options = parser.parse_known_args(arguments)
+    number(parser, "--batch", int, COUNT, default=1, help="rows decoded together")
+    number(parser, "--context", int, COUNT, help="tokens per row; 10 x sequence_len")
+    number(
+        parser, "--bandwidth", float, Range(above=0), default=3350.0,
+        help="memory's GB/s (an H100's if not given)",
+    )  # fmt: skip
+    parser.add_argument("--plot", type=path, help="also draw caches against context, to a file")
+    known, options = parse_with_keys(parser, arguments)
     given = read_given(known, options)
     if known.inference:
         from bov_lightning.planning.decoding import print_inference_plan
@@ -113,7 +122,7 @@ def _submit(arguments: list[str]) -> None:
         help="a job beside the run that evaluates its checkpoints as they appear, instead",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the sbatch file and stop")
-    known, options = parser.parse_known_args(arguments)
+    known, options = parse_with_keys(parser, arguments)
     given = read_given(known, options)
     submit(given, read_options(known, JobConfig), known.evaluate, known.dry_run)
 
@@ -130,19 +139,20 @@ def _sweep(arguments: list[str]) -> None:
         "the first is the baseline",
     )  # fmt: skip
     parser.add_argument("--seeds", default="0", metavar="N,...", help="0 if not given")
-    parser.add_argument("--jobs", type=int, default=1, help="runs that go on at the same time")
+    number(parser, "--jobs", int, COUNT, default=1, help="runs that go on at the same time")
     parser.add_argument(
-        "--output", type=Path, help="the report; ROOT/NAME-report.html if not given"
+        "--output", type=path, help="the report; ROOT/NAME-report.html if not given"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--slurm", action="store_true", help="submit each run as a job")
     add_options(parser.add_argument_group("the job"), JobConfig)
-    known, options = parser.parse_known_args(arguments)
+    known, options = parse_with_keys(parser, arguments)
     seeds = known.seeds.split(",")
-    if not all(seed.strip().isdigit() for seed in seeds):
+    if not all(re.fullmatch("[0-9]{1,20}", seed.strip()) for seed in seeds):
         raise UserError(f"--seeds {known.seeds}: give whole numbers, such as 0,1,2")
-    if known.jobs < 1:
-        raise UserError(f"--jobs is {known.jobs}: at least 1")
+    for seed in map(int, seeds):
+        if wrong := SEED.refusal(seed):
+            raise UserError(f"--seeds: {seed} {wrong}")
     from bov_lightning.launch.sweep import sweep
     from bov_lightning.launch.sweep_rows import make_rows
 
@@ -156,36 +166,45 @@ def _sweep(arguments: list[str]) -> None:
 def _evaluate(arguments: list[str]) -> None:
     parser = Parser(prog="bov evaluate", description="Runs benchmarks on a model.")
     parser.add_argument(
-        "checkpoint", help="a run directory (its newest checkpoint), a checkpoint, or a Hugging "
-        "Face directory",
+        "checkpoint", type=path_text, help="a run directory (its newest checkpoint), a "
+        "checkpoint, or a Hugging Face directory",
     )  # fmt: skip
     parser.add_argument(
         "--tasks", nargs="+", default=["core_paper"], metavar="TASK",
         help="core_paper (default), core_dclm_v1, core_dclm_v2, heldout, single tasks such as "
         "core_arc_easy, or any of lm-eval's names",
     )  # fmt: skip
-    parser.add_argument(
-        "--max-per-task", type=int, metavar="N", help="rows per task; all if not given"
+    number(
+        parser, "--max-per-task", int, COUNT, metavar="N", help="rows per task; all if not given"
     )
     parser.add_argument(
-        "--data-dir", metavar="D", help="where the CORE files lie; BOV_EVAL_DATA if not given"
+        "--data-dir",
+        type=path_text,
+        metavar="D",
+        help="where the CORE files lie; BOV_EVAL_DATA if not given",
     )
     parser.add_argument("--download", action="store_true", help="fetch CORE files that are missing")
-    parser.add_argument("--output", metavar="D", help="write results and samples there")
     parser.add_argument(
-        "--compare", metavar="OTHER", help="evaluate this one too, and compare rows"
+        "--output", type=path_text, metavar="D", help="write results and samples there"
+    )
+    parser.add_argument(
+        "--compare", type=path_text, metavar="OTHER", help="evaluate this one too, and compare rows"
     )
     parser.add_argument(
         "--watch", action="store_true", help="evaluate every checkpoint of a run as it appears"
     )
+    number(
+        parser, "--poll-seconds", float, Range(above=0, most=10**6), default=10.0,
+        help="with --watch: between two looks",
+    )  # fmt: skip
     parser.add_argument(
-        "--poll-seconds", type=float, default=10.0, help="with --watch: between two looks"
+        "--include-path", type=path_text, metavar="D", help="a folder of further lm-eval tasks"
     )
-    parser.add_argument("--include-path", metavar="D", help="a folder of further lm-eval tasks")
-    parser.add_argument("--time-limit", type=float, metavar="S", help="seconds per task")
-    parser.add_argument(
-        "--tokens-per-forward", type=int, help="2048 on a CPU, 8192 on a GPU if not given"
-    )
+    number(parser, "--time-limit", float, Range(above=0), metavar="S", help="seconds per task")
+    number(
+        parser, "--tokens-per-forward", int, COUNT,
+        help="2048 on a CPU, 8192 on a GPU if not given",
+    )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     known = parser.parse_args(arguments)
@@ -197,10 +216,10 @@ def _evaluate(arguments: list[str]) -> None:
 def _report(arguments: list[str]) -> None:
     parser = Parser(prog="bov report", description="Compares runs: curves, tables, figures.")
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="run directories, or folders of them"
+        "runs", nargs="+", type=path, metavar="RUN", help="run directories, or folders of them"
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("report.html"),
+        "--output", type=path, default=Path("report.html"),
         help="file to write; for csv and png a directory",
     )  # fmt: skip
     parser.add_argument(
@@ -223,20 +242,22 @@ def _generate(arguments: list[str]) -> None:
 
     parser = Parser(prog="bov generate", description="Samples text from a checkpoint.")
     parser.add_argument(
-        "checkpoint", help="a run directory (its newest checkpoint) or a checkpoint"
+        "checkpoint", type=path_text, help="a run directory (its newest checkpoint) or a checkpoint"
     )
     parser.add_argument(
         "--prompt", action="append", default=[], help="text to continue; again for several"
-    )
-    parser.add_argument("--prompt-file", metavar="F", help="a file whose text is a prompt; - stdin")
+    ).may_be_empty = True
     parser.add_argument(
-        "--prompts", metavar="F",
+        "--prompt-file", type=path_text, metavar="F", help="a file whose text is a prompt; - stdin"
+    )
+    parser.add_argument(
+        "--prompts", type=path_text, metavar="F",
         help='one prompt per line, or per line {"prompt": "..."}; - reads stdin',
     )  # fmt: skip
     add_options(parser, Sampling)
-    parser.add_argument("--batch-size", type=int, default=8, help="prompts continued together")
-    parser.add_argument(
-        "--max-context", type=int,
+    number(parser, "--batch-size", int, COUNT, default=8, help="prompts continued together")
+    number(
+        parser, "--max-context", int, COUNT,
         help="tokens of prompt and continuation at most; 10 x sequence_len if not given",
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
@@ -262,9 +283,9 @@ def _export(arguments: list[str]) -> None:
         prog="bov export", description="Writes a checkpoint as a Hugging Face directory."
     )
     parser.add_argument(
-        "checkpoint", help="a run directory (its newest checkpoint) or a checkpoint"
+        "checkpoint", type=path_text, help="a run directory (its newest checkpoint) or a checkpoint"
     )
-    parser.add_argument("--output", type=Path, required=True, help="directory to write")
+    parser.add_argument("--output", type=path, required=True, help="directory to write")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     known = parser.parse_args(arguments)
     import torch
@@ -281,9 +302,9 @@ def _import(arguments: list[str]) -> None:
         "kind", choices=["nanochat", "hf"], help="the paper's authors' code, or a bov export"
     )
     parser.add_argument(
-        "directory", type=Path, help="model_NNNNNN.pt and meta_NNNNNN.json, or an export"
+        "directory", type=path, help="model_NNNNNN.pt and meta_NNNNNN.json, or an export"
     )
-    parser.add_argument("--output", type=Path, required=True, help="directory to write")
+    parser.add_argument("--output", type=path, required=True, help="directory to write")
     known = parser.parse_args(arguments)
     if known.kind == "hf":
         from bov_lightning.interop.hf_import import import_hf as read
@@ -301,8 +322,8 @@ def _recipes(arguments: list[str]) -> None:
     from bov_lightning.recipe.overlays import packaged_recipes
 
     folder = packaged_recipes()
-    for path in sorted(folder.rglob("*.yaml")):
-        print(path.relative_to(folder).with_suffix(""))
+    for file in sorted(folder.rglob("*.yaml")):
+        print(file.relative_to(folder).with_suffix(""))
 
 
 COMMANDS = {

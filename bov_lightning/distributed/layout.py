@@ -1,5 +1,6 @@
 """How a recipe's run spreads over devices, known before any process starts."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +50,8 @@ def read_layout(trainer: dict[str, Any], world_size: int | None = None) -> Layou
         raise UserError(f"the memory of trainer.precision {precision} under ddp cannot be planned")
     half = param_dtype_of(precision) is not None
     if world_size is None:
-        world_size = _n_device(trainer.get("devices", 1)) * int(trainer.get("num_nodes") or 1)
-    replicate = int(arguments.get("replicate", 1))
+        world_size = count_devices(trainer.get("devices", 1)) * int(trainer.get("num_nodes") or 1)
+    replicate = arguments.get("replicate", 1)
     check_replicate(world_size, replicate)
     return Layout(world_size, sharded, replicate, half, trainer.get("accelerator") != "cpu")
 
@@ -86,18 +87,27 @@ def param_dtype_of(precision: str | int | None) -> torch.dtype | None:
 
 def check_replicate(world_size: int, replicate: int) -> None:
     """A mesh that the devices cannot form is a `UserError`."""
-    if world_size % replicate:
+    if not isinstance(replicate, int) or replicate < 1 or world_size % replicate:
         raise UserError(
             f"{world_size} devices cannot hold {replicate} equal copies of the "
             "model: trainer.strategy.init_args.replicate must divide their number"
         )
 
 
-def _n_device(devices: Any) -> int:
-    """What trainer.devices stands for, on one node."""
-    if isinstance(devices, list):
-        return len(devices)
-    text = str(devices)
-    if "," in text:
-        return len([part for part in text.split(",") if part.strip()])
-    return int(text) if text.isdigit() else max(1, torch.cuda.device_count())
+def count_devices(devices: Any) -> int:
+    """What trainer.devices stands for, on one node; what stands for nothing is a `UserError`."""
+    numbers = devices if isinstance(devices, list) else str(devices).strip(" ,").split(",")
+    texts = [str(number).strip() for number in numbers]
+    if texts in (["auto"], ["-1"], ["None"]):
+        return max(1, torch.cuda.device_count())
+    is_list = isinstance(devices, list) or "," in str(devices)
+    if not texts or not all(re.fullmatch(r"[0-9]{1,6}", text) for text in texts):
+        found = 0
+    else:
+        found = len(set(texts)) if is_list else int(texts[0])
+    if found < 1:
+        raise UserError(
+            f"trainer.devices is {devices!r}: give a number from 1, auto, or which ones, "
+            "such as [0, 1]"
+        )
+    return found

@@ -5,7 +5,7 @@ change its strategy and the number of its devices.
 """
 
 from datetime import timedelta
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from bov_lightning.distributed.layout import (
 )
 from bov_lightning.distributed.ranks import Ranks
 from bov_lightning.distributed.sharding import make_mesh, shard, write_part
+from bov_lightning.kinds import Range
 from bov_lightning.model.layers import Initialiser
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.upstream import require
@@ -94,7 +95,11 @@ class ShardedStrategy(ControlGroup, ModelParallelStrategy):
     param_dtype: torch.dtype | None = None
     """Of gathered parameters and of activations; gradients are reduced in fp32. None: fp32."""
 
-    def __init__(self, replicate: int = 1, timeout_minutes: float = 30):
+    def __init__(
+        self,
+        replicate: Annotated[int, Range(1, 100_000)] = 1,
+        timeout_minutes: Annotated[float, Range(above=0, most=10**6)] = 30,
+    ):
         """
         Args:
             replicate: copies of the model; each is sharded over world size / replicate devices

@@ -8,6 +8,7 @@ import torch
 from bov_lightning.checkpoint.reading import load_checkpoint
 from bov_lightning.errors import UserError
 from bov_lightning.interop.hf_import import is_export, load_export
+from bov_lightning.kinds import home
 from bov_lightning.model.transformer import Transformer
 
 
@@ -35,8 +36,9 @@ def load(
     Raises:
         UserError: nothing there, not readable, or weights that do not fit the configuration.
     """
-    read = load_export if is_export(Path(path)) else load_checkpoint
-    return read(Path(path), device, dtype or torch.float32, bank_device)
+    path = Path(home(str(path)))
+    read = load_export if is_export(path) else load_checkpoint
+    return read(path, device, dtype or torch.float32, bank_device)
 
 
 def check_device(device: str) -> None:

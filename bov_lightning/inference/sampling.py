@@ -1,9 +1,10 @@
 """How the next token is chosen."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from bov_lightning.errors import UserError
+from bov_lightning.kinds import COUNT, SEED, Range
 
 if TYPE_CHECKING:
     import torch
@@ -14,15 +15,15 @@ if TYPE_CHECKING:
 class Sampling:
     """How the next token is chosen, and when a text ends."""
 
-    max_new_tokens: int = 100
+    max_new_tokens: Annotated[int, COUNT] = 100
     """Tokens to add at most."""
-    temperature: float = 0.8
+    temperature: Annotated[float, Range(0, 10**6)] = 0.8
     """Divides the logits; 0: always the likeliest token."""
-    top_k: int | None = None
+    top_k: Annotated[int | None, COUNT] = None
     """Choose among the k likeliest only; None: all."""
-    top_p: float | None = None
+    top_p: Annotated[float | None, Range(above=0, most=1)] = None
     """Choose among the likeliest that together have this probability; None: all."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of the first text; the next one's is one more."""
     stop: tuple[str, ...] = ()
     """A text ends before the first of these."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from bov_lightning import errors
+from bov_lightning import errors, kinds
 from bov_lightning.errors import UserError
 from bov_lightning.interop import hf_model
 from bov_lightning.model import (
@@ -32,8 +32,8 @@ from bov_lightning.version import __version__
 
 MODULE = "modeling_bov"
 PARTS = (
-    errors, matmul, layers, lookup, config, attention, kernels, decode, values, loss, offload,
-    cache, transformer, prefill, hf_model,
+    errors, kinds, matmul, layers, lookup, config, attention, kernels, decode, values, loss,
+    offload, cache, transformer, prefill, hf_model,
 )  # fmt: skip
 """The files of the network, each after those that it imports."""
 

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import yaml
 
 from bov_lightning.errors import UserError
 from bov_lightning.files import write_file
+from bov_lightning.kinds import COUNT, Range
 from bov_lightning.recipe.budget import accumulation
 from bov_lightning.recipe.given import Given
 from bov_lightning.recipe.overlays import merge
@@ -21,17 +23,17 @@ from bov_lightning.recipe.sections import Recipe
 class JobConfig:
     """What SLURM is asked for."""
 
-    nodes: int = 1
+    nodes: Annotated[int, COUNT] = 1
     """Nodes of the job."""
-    gpus_per_node: int = 0
+    gpus_per_node: Annotated[int, Range(0, 10_000)] = 0
     """GPUs on each node, one task for each; 0: none are asked for."""
-    tasks_per_node: int | None = None
+    tasks_per_node: Annotated[int | None, COUNT] = None
     """Processes on each node; one per GPU if not given, and one without GPUs."""
-    cpus_per_task: int | None = None
+    cpus_per_task: Annotated[int | None, COUNT] = None
     """Cores of each process."""
     time: str | None = None
     """Time limit of one attempt, such as 12:00:00; the job requeues itself shortly before."""
-    save_before_s: int = 300
+    save_before_s: Annotated[int, COUNT] = 300
     """Seconds before the time limit at which the job is told to save: more than a step and a save
     take."""
     partition: str | None = None
@@ -47,13 +49,6 @@ class JobConfig:
     def n_task(self) -> int:
         """Processes on each node."""
         return self.tasks_per_node or self.gpus_per_node or 1
-
-    def __post_init__(self):
-        for name in ("nodes", "tasks_per_node", "cpus_per_task", "save_before_s"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: at least 1")
-        if self.gpus_per_node < 0:
-            raise UserError(f"--gpus-per-node is {self.gpus_per_node}: at least 0")
 
 
 SCRIPT = """\

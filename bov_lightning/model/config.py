@@ -1,9 +1,10 @@
 """The shape of the network, as typed dataclasses that refuse impossible combinations when built."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from bov_lightning.errors import UserError
+from bov_lightning.kinds import Range, check_least
 from bov_lightning.model.lookup import source_class
 
 LAYER_SETS = {
@@ -24,12 +25,16 @@ class ValueConfig:
     initial_embedding (x0 W_V), bank (a learned table, looked up by token id), or the class path of
     a source of your own, such as low_rank_bank.LowRankBank."""
 
-    layers: (
-        Literal["every", "every_second", "second_half", "last_two_thirds", "last_third"] | list[int]
-    ) = "last_third"
+    layers: Annotated[
+        Literal["every", "every_second", "second_half", "last_two_thirds", "last_third"]
+        | list[int],
+        Range(0, 9_999),
+    ] = "last_third"
     """The target layers: a named set, or a list of layer indices that starts at 0."""
 
-    coefficient: Literal["learned", "gate"] | float = 1.0
+    coefficient: Annotated[
+        Literal["learned", "gate"] | float, Range(-(10**6), 10**6, soft=True)
+    ] = 1.0
     """What the source is multiplied by: one learned scalar per layer, an input-dependent gate per
     key-value head, or a fixed number."""
 
@@ -71,29 +76,29 @@ class ValueConfig:
 class TransformerConfig:
     """The network's shape."""
 
-    n_layer: int = 12
+    n_layer: Annotated[int, Range(1, 10_000)] = 12
     """Number of layers."""
 
-    n_head: int = 6
+    n_head: Annotated[int, Range(1, 2**20)] = 6
     """Query heads per layer; the head dimension is d_model / n_head."""
 
-    n_kv_head: int = 6
+    n_kv_head: Annotated[int, Range(1, 2**20)] = 6
     """Key and value heads per layer; divides n_head."""
 
-    d_model: int = 768
-    """Width of the residual stream."""
+    d_model: Annotated[int, Range(24, 2**20)] = 768
+    """Width of the residual stream, of which the smear reads 24 channels."""
 
-    vocab_size: int | None = None
+    vocab_size: Annotated[int | None, Range(2, 2**31)] = None
     """Number of token ids. null: taken from the data's tokenizer."""
 
-    sequence_len: int = 2048
+    sequence_len: Annotated[int, Range(1, 2**30)] = 2048
     """Tokens per training row."""
 
     window_pattern: str = "SSSL"
     """Attention windows, tiled over the layers: L sees everything before it, S a quarter of
     sequence_len (rounded up to 128). The last layer is always L."""
 
-    document_start: int | None = None
+    document_start: Annotated[int | None, Range(0, 2**31, soft=True)] = None
     """Token id that starts a document: attention and smear then never reach back across it. null:
     a row is one text, as in the paper."""
 
@@ -101,9 +106,9 @@ class TransformerConfig:
     """Where value vectors come from."""
 
     def __post_init__(self):
-        for name in ("n_layer", "n_head", "n_kv_head", "d_model", "sequence_len"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.config.{name} is {getattr(self, name)}: at least 1")
+        if self.d_model < 24:
+            raise UserError(f"model.config.d_model is {self.d_model}: the smear reads 24 channels")
+        check_least(self, "model.config")
         if self.d_model % self.n_head:
             fitting = [n for n in range(1, self.d_model + 1) if self.d_model % n == 0]
             nearest = min(fitting, key=lambda n: abs(n - self.n_head))
@@ -120,14 +125,10 @@ class TransformerConfig:
             raise UserError(
                 f"model.config.n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}"
             )
-        if self.d_model < 24:
-            raise UserError(f"model.config.d_model is {self.d_model}: the smear reads 24 channels")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise UserError(
                 f"model.config.window_pattern {self.window_pattern!r}: use the letters S and L"
             )
-        if self.vocab_size is not None and self.vocab_size < 2:
-            raise UserError(f"model.config.vocab_size is {self.vocab_size}: at least 2")
         if isinstance(self.value.layers, list):
             outside = [layer for layer in self.value.layers if not 0 <= layer < self.n_layer]
             if outside:

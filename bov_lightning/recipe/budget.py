@@ -1,6 +1,7 @@
 """How long a budget trains, and how a batch is divided."""
 
 from bov_lightning.errors import UserError
+from bov_lightning.kinds import ENDLESS
 from bov_lightning.model.config import TransformerConfig
 from bov_lightning.model.counting import flops_per_token, scaling_parameters
 from bov_lightning.recipe.sections import BudgetConfig
@@ -16,7 +17,10 @@ def horizon(budget: BudgetConfig, config: TransformerConfig, batch_tokens: int) 
         tokens = budget.tokens
     else:
         tokens = budget.tokens_per_param * scaling_parameters(config)
-    return max(1, round(tokens / batch_tokens))
+    steps = max(1, round(tokens / batch_tokens))
+    if steps > ENDLESS:
+        raise UserError(f"model.budget pays for {steps:.1e} steps: at most {ENDLESS:,}")
+    return steps
 
 
 def accumulation(batch_tokens: int, micro: int, sequence_len: int, world_size: int) -> int:

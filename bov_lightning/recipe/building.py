@@ -1,16 +1,26 @@
 """From plain data to typed objects; every mistake is one line."""
 
-import copy
+import errno
 import re
-from argparse import ArgumentError
+import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from types import NoneType
+from typing import Any, Literal
 
 from bov_lightning.errors import UserError
+from bov_lightning.recipe.annotations import (
+    dataclass_of,
+    hints_of,
+    is_optional,
+    needed,
+    number_in,
+    options_of,
+)
 
-if TYPE_CHECKING:
-    pass
+
+class _MisfitError(Exception):
+    """A value is of another type."""
 
 
 def build(cls: type, data: dict, origin: str, path: str = "") -> Any:
@@ -18,51 +28,130 @@ def build(cls: type, data: dict, origin: str, path: str = "") -> Any:
 
     Every problem is a `UserError` that names ``origin`` and the key.
     """
-    from jsonargparse import ArgumentParser, set_parsing_settings
-
-    # A class named below `data` is built by LightningCLI, which knows what it may be; not here.
-    set_parsing_settings(instantiate_subclass_spec_in_any=False)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, path or None)
     try:
-        # A copy: jsonargparse turns parts of what it is given into its own types.
-        given = copy.deepcopy(data)
-        parsed = parser.parse_object({path: given} if path else given)
-        built = parser.instantiate(parsed)
-        return built[path] if path else cls(**vars(built))
+        return _section(cls, data, path)
     except UserError as error:
         raise UserError(f"{origin}: {error}") from None
-    except (ArgumentError, TypeError, ValueError) as error:
-        raise UserError(f"{origin}: {one_line(error)}") from None
+
+
+def _section(cls: type, data: dict, path: str) -> Any:
+    hints, values = hints_of(cls), {}
+    for name, value in data.items():
+        here = f"{path}.{name}".lstrip(".")
+        section = dataclass_of(hints[name])
+        if section and isinstance(value, dict):
+            values[name] = _section(section, value, here)
+        elif not section or is_optional(hints[name]) or value is not None:
+            values[name] = _typed(value, hints[name], here)
+    return cls(**values)
+
+
+def _typed(value: Any, annotation: Any, where: str) -> Any:
+    for option in options_of(annotation):
+        try:
+            return _as(value, option, where)
+        except _MisfitError:
+            pass
+    raise UserError(f"{where} is {value!r}, but must be {needed(annotation)}")
+
+
+def _as(value: Any, option: Any, where: str) -> Any:
+    """The value as one of the types that an annotation has."""
+    kind = typing.get_origin(option) or option
+    if kind is Any:
+        return value
+    if kind is Literal:
+        if any(type(word) is type(value) and word == value for word in typing.get_args(option)):
+            return value
+    elif kind is NoneType:
+        if value is None:
+            return None
+    elif kind is bool and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    elif kind is int and isinstance(found := number_in(value), int):
+        return found
+    elif kind is float and (found := number_in(value)) is not None:
+        try:
+            return float(found)
+        except OverflowError:
+            raise UserError(f"{where} is a number without meaning: it is too large") from None
+    elif kind in (list, tuple) and isinstance(value, list):
+        element = (*typing.get_args(option), Any)[0]
+        return kind(_typed(item, element, f"{where}[{i}]") for i, item in enumerate(value))
+    elif kind in (str, dict) and isinstance(value, kind):
+        return value
+    raise _MisfitError
 
 
 def one_line(error: Exception) -> str:
     """The gist of one of jsonargparse's multi-line messages."""
     if isinstance(error.__cause__, UserError):
         return str(error.__cause__)
-    text = str(error)
+    return _gist(str(error))
+
+
+def _gist(text: str) -> str:
+    problem = re.search(
+        r"Problem with given class_path '([^']+)':\n(.*?)(?=\n\s*- (?:Not a|Expected|Problem)|\Z)",
+        text,
+        re.DOTALL,
+    )
     key = re.search(r'key "([^"]+)"', text)
+    if problem:
+        return f"{key[1] + ': ' if key else ''}{problem[1]}: {_gist(problem[2])}"
     expected = re.findall(r"Expected an? (.+?)(?:\. Got|\n|$)", text)
     value = re.search(r"(?:Given value|Got value): (.*)", text)
     if not (key and expected and value):
         return " ".join(text.split())
-    options = [re.sub(r"<class '(.+)'>|typing\.Literal", r"\1", option) for option in expected]
+    options = [
+        re.sub(r"typing\.Literal\[(.+)\]", _words, re.sub(r"<class '(.+)'>", r"\1", option))
+        for option in expected
+    ]
     return f"{key[1]} is {value[1]!r}, but must be {' or '.join(options)}"
+
+
+def _words(literal: re.Match) -> str:
+    return literal[1].replace("'", "").replace(", ", " or ")
 
 
 @contextmanager
 def user_errors(origin: str) -> Iterator[None]:
-    """Turns what jsonargparse makes of a wrong value into a `UserError`."""
+    """Turns whatever building somebody's classes raises into a `UserError`.
+
+    A recipe decides which classes are built and of what, so it is what has to change. A full disk
+    stays what it is.
+    """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
+        chain: list[BaseException] = [error]
+        while cause := chain[-1].__cause__ or chain[-1].__context__:
+            chain.append(cause)
+        for cause in chain:
             if isinstance(cause, UserError):
                 raise UserError(f"{origin}: {cause}") from None
-            cause = cause.__cause__ or cause.__context__
+            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
         if type(error).__module__.startswith(("jsonargparse", "argparse")):
             raise UserError(f"{origin}: {one_line(error)}") from None
-        raise
+        raise UserError(f"{origin}: {_said(error, chain[-1])}") from error
+
+
+def _said(error: Exception, first: BaseException) -> str:
+    """What a class of somebody else's says; the name of the error where that says little.
+
+    Args:
+        error: what was raised.
+        first: what it came of.
+    """
+    where = ""
+    if str(error).startswith("Does not validate"):
+        # jsonargparse tries all types that an argument may have, and reports them all.
+        named = re.search(r"class_path='([^']+)'", str(error))
+        error, where = first, f"{named[1]}: " if named else ""
+    text, name = " ".join(str(error).split())[:400], type(error).__name__
+    if " " in text and name.startswith(("Misconfiguration", "Value", "Type")):
+        return where + text
+    return f"{where}{name}: {text}".rstrip(": ")

@@ -1,7 +1,7 @@
 """A recipe as it was given: by files and options, or by a checkpoint."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from bov_lightning.recipe.overlays import (
     text_overlay,
 )
 from bov_lightning.recipe.sections import BudgetConfig, Recipe
+from bov_lightning.recipe.settling import settle_recipe
 
 MOVED = {"bov_lightning.strategy.ShardedStrategy": "bov_lightning.ShardedStrategy"}
 """Class paths that recipes stored by earlier versions hold, and where the classes are now."""
@@ -35,6 +36,8 @@ class Given:
     plain: dict[str, Any]
     """The merged mapping, for LightningCLI and for files."""
     origin: str
+    stored: bool = False
+    """Whether a run or a checkpoint holds it: what it says of its data is taken as it stands."""
 
     def error(self, text: str) -> UserError:
         """The error for a mistake in this recipe."""
@@ -77,17 +80,26 @@ def read(
     text = text_overlay([name for name in data if name not in whole], list(val_data))
     options = [x for section in whole for x in ("--data", section)] + list(options)
     settings = dict(base or {})
-    for origin, overlay in (
-        *overlays, ("--data", text), ("command line", parse_options(options)),
-    ):  # fmt: skip
-        check_keys(overlay, str(origin))
-        import_source(overlay, str(origin))
-        settings = merge(settings, _today(overlay))
+
+    def add(origin: str, overlay: dict) -> None:
+        nonlocal settings
+        check_keys(overlay, origin)
+        import_source(overlay, origin)
+        overlay = _today(overlay)
+        # The data's class takes seconds to import, which commands that build none need not pay:
+        # `data_section` settles it, but cannot tell what of it a stored recipe said.
+        with_data = base is not None
+        overlay = settle_recipe(overlay, merge(settings, overlay), origin, with_data)
+        settings = merge(settings, overlay)
+
+    for path, overlay in (*overlays, ("--data", text)):
+        add(str(path), overlay)
+    add("command line", parse_options(options, settings))
     if overlays and not (settings.get("run") or {}).get("name"):
         settings = merge(settings, {"run": {"name": default_run_name(overlays)}})
     settings = fill_vocab_size(settings)
     origin = paths[-1] if paths else "recipe"
-    return Given(build(Recipe, settings, origin), settings, origin)
+    return Given(build(Recipe, settings, origin), settings, origin, stored=base is not None)
 
 
 def _today(overlay: dict) -> dict:
@@ -120,7 +132,7 @@ def read_stored(
     stored["trainer"] = {k: v for k, v in (stored.get("trainer") or {}).items() if k in HARMLESS}
     _check_classes(stored.get("data") or {}, path)
     given = read(paths, options, base=stored, **data)
-    return given if paths else Given(given.recipe, given.plain, str(path))
+    return given if paths else replace(given, origin=str(path))
 
 
 def _check_classes(data: Any, path: Path) -> None:

@@ -2,20 +2,12 @@
 
 import dataclasses
 import difflib
-import types
 import typing
 from typing import Any
 
 from bov_lightning.errors import UserError
+from bov_lightning.recipe.annotations import dataclass_of, is_optional, options_of
 from bov_lightning.recipe.sections import Recipe
-
-
-def _dataclass_of(annotation: Any) -> type | None:
-    """The dataclass in an annotation ``D`` or ``D | None``."""
-    options = (
-        typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    )
-    return next((option for option in options if dataclasses.is_dataclass(option)), None)
 
 
 def known_keys(cls: type, path: str = "") -> list[str]:
@@ -23,7 +15,7 @@ def known_keys(cls: type, path: str = "") -> list[str]:
     keys = []
     for name, annotation in typing.get_type_hints(cls).items():
         here = f"{path}.{name}" if path else name
-        nested = _dataclass_of(annotation)
+        nested = dataclass_of(annotation)
         keys += [here, *(known_keys(nested, here) if nested else [])]
     return keys
 
@@ -38,7 +30,7 @@ def defaults(cls: type = Recipe, path: str = "") -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         here = f"{path}.{field.name}" if path else field.name
-        nested = _dataclass_of(hints[field.name])
+        nested = dataclass_of(hints[field.name])
         if nested is hints[field.name]:
             found |= defaults(nested, here)
         elif nested is None and field.default is not dataclasses.MISSING:
@@ -59,11 +51,18 @@ def nearest(key: str, known: list[str]) -> str | None:
     return None
 
 
+HOW_TO_LIST = "bov fit --keys lists all"
+
+
 def unknown_key(key: str, known: list[str], origin: str) -> UserError:
     """The error for a key that does not exist."""
-    guess = nearest(key, known)
-    hint = f"did you mean {guess}?" if guess else f"known: {', '.join(known)}"
-    return UserError(f"{origin}: unknown key {key}: {hint}")
+    if guess := nearest(key, known):
+        hint = f"did you mean {guess}?"
+    elif any_close := difflib.get_close_matches(key, known, n=1, cutoff=0.0):
+        hint = f"the nearest is {any_close[0]}"
+    else:
+        hint = "there are none here"
+    return UserError(f"{origin}: unknown key {key}: {hint} ({HOW_TO_LIST})")
 
 
 def check_keys(data: dict, origin: str, cls: type = Recipe, path: str = "") -> None:
@@ -72,12 +71,15 @@ def check_keys(data: dict, origin: str, cls: type = Recipe, path: str = "") -> N
     for key, value in data.items():
         name = str(key).removesuffix("+")
         here = f"{path}.{name}" if path else name
-        if name not in hints:
+        if not isinstance(key, str) or name not in hints:
             raise unknown_key(here, known_keys(Recipe), origin)
-        nested = _dataclass_of(hints[name])
-        if nested is None:
+        nested = dataclass_of(hints[name])
+        mapping = any(typing.get_origin(x) is dict for x in options_of(hints[name]))
+        if nested is None and not mapping:
             continue
-        if isinstance(value, dict):
+        if value is None and not is_optional(hints[name]):
+            raise UserError(f"{origin}: {here} is empty: give it keys or leave it out")
+        if isinstance(value, dict) and nested is not None:
             check_keys(value, origin, nested, here)
-        elif value is not None:
+        elif value is not None and not isinstance(value, dict):
             raise UserError(f"{origin}: {here} is {value!r}, but must be a section with keys")

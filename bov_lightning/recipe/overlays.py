@@ -11,11 +11,13 @@ Dotted command-line options (``--model.config.n_layer 6``) are one more overlay.
 import hashlib
 from importlib.resources import files
 from pathlib import Path
-
-import yaml
+from typing import Any
 
 from bov_lightning.errors import UserError
+from bov_lightning.kinds import home
 from bov_lightning.model.lookup import import_module_of
+from bov_lightning.recipe.settling import option_value
+from bov_lightning.recipe.yaml_text import parse_yaml
 
 REPLACED_WHOLE = {"model.budget"}
 
@@ -28,7 +30,7 @@ def default_run_name(overlays: list[tuple[Path, dict]]) -> str:
 
 def find_recipe(name: str) -> Path:
     """The file of that path; failing that the packaged recipe (``quickstart``, ``values/bov``)."""
-    relative = Path(name)
+    relative = Path(home(name, "--config"))
     within = Path(*relative.parts[1:]) if relative.parts[:1] == ("recipes",) else relative
     packaged = packaged_recipes() / within
     for path in (relative, packaged, packaged.with_name(packaged.name + ".yaml")):
@@ -40,9 +42,12 @@ def find_recipe(name: str) -> Path:
 def read_yaml(path: Path) -> dict:
     """The mapping in a YAML file; never runs code."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        text = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if not text.strip():
+        raise UserError(f"{path} cannot be read: it is empty")
+    content = parse_yaml(text, str(path))
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -62,7 +67,8 @@ def merge(base: dict, overlay: dict, path: str = "") -> dict:
         old = merged.get(key)
         other_class = (
             isinstance(old, dict) and isinstance(value, dict)
-            and "class_path" in value and value["class_path"] != old.get("class_path")
+            and "class_path" in old and "class_path" in value
+            and old["class_path"] != value["class_path"]
         )  # fmt: skip
         if isinstance(value, dict):
             kept = isinstance(old, dict) and not other_class and here not in REPLACED_WHOLE
@@ -78,15 +84,16 @@ def text_overlay(train: list[str], val: list[str]) -> dict:
         return {}
     if not train or not val:
         raise UserError("--data and --val-data go together: text to train on, text to validate on")
+    train = [home(name, "--data") for name in train]
+    val = [home(name, "--val-data") for name in val]
     digest = hashlib.sha256(repr((train, val)).encode()).hexdigest()[:8]
     source = {"class_path": "data_modules.TextFiles", "init_args": {"train": train, "val": val}}
     return {"data": {"init_args": {"directory": f"data/text-{digest}", "source": source}}}
 
 
-def parse_options(options: list[str]) -> dict:
-    """``--a.b value`` and ``--a.b=value`` as an overlay {a: {b: value}}; values are YAML."""
-    overlay: dict = {}
-    remaining = list(options)
+def split_options(options: list[str]) -> list[tuple[str, str]]:
+    """(dotted key, text) of ``--a.b value`` and ``--a.b=value``."""
+    pairs, remaining = [], list(options)
     while remaining:
         option = remaining.pop(0)
         if not option.startswith("--"):
@@ -96,14 +103,32 @@ def parse_options(options: list[str]) -> dict:
             if not remaining:
                 raise UserError(f"option --{key} needs a value")
             text = remaining.pop(0)
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"--{key} {text}: the value is no YAML") from error
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        overlay = merge(overlay, value)
+        pairs.append((key, text))
+    return pairs
+
+
+def parse_options(options: list[str], settings: dict | None = None) -> dict:
+    """Options as an overlay {a: {b: value}}.
+
+    Args:
+        options: dotted keys and values, as `split_options` takes them.
+        settings: what the files before them say: its classes decide what their arguments are.
+    """
+    pairs = split_options(options)
+    settings = settings or {}
+    for key, text in pairs:
+        if key.endswith(".class_path") or text.lstrip().startswith("{"):
+            settings = merge(settings, _nested(key, option_value(key, text, settings)))
+    overlay: dict = {}
+    for key, text in pairs:
+        overlay = merge(overlay, _nested(key, option_value(key, text, settings)))
     return overlay
+
+
+def _nested(key: str, value: Any) -> dict:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
 
 
 def import_source(overlay: dict, origin: str) -> None:
@@ -129,11 +154,14 @@ def fill_vocab_size(settings: dict) -> dict:
     data = settings.get("data")
     if config.get("vocab_size") is not None or not isinstance(data, dict):
         return settings
-    tokenizer = (data.get("init_args") or {}).get("tokenizer") or {}
+    arguments = data.get("init_args")
+    tokenizer = arguments.get("tokenizer") if isinstance(arguments, dict) else None
+    if not isinstance(tokenizer, dict):
+        return settings
     if tokenizer.get("path"):
         from data_modules.tokenizer import read_tokenizer
 
-        vocab_size = read_tokenizer(tokenizer["path"]).get_vocab_size()
+        vocab_size = read_tokenizer(home(str(tokenizer["path"]))).get_vocab_size()
     else:
         vocab_size = tokenizer.get("vocab_size")
     return merge(settings, {"model": {"config": {"vocab_size": vocab_size}}})

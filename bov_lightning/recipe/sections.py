@@ -2,27 +2,31 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from bov_lightning.errors import UserError
+from bov_lightning.kinds import COUNT, PATH, SEED, Range, check_least
 from bov_lightning.model.config import TransformerConfig
 from bov_lightning.optim.config import OptimizerConfig
+
+MAX_NAME = 200
+"""Bytes of a run's name: file systems take 255, and jobs and sweeps add to it."""
 
 
 @dataclass(frozen=True)
 class BudgetConfig:
     """How long to train. Exactly one of the four."""
 
-    flops: float | None = None
+    flops: Annotated[float | None, Range(above=0, most=10**40)] = None
     """Training FLOPs of the whole run."""
 
-    tokens: float | None = None
+    tokens: Annotated[float | None, Range(above=0, most=10**40)] = None
     """Training tokens of the whole run."""
 
-    tokens_per_param: float | None = None
+    tokens_per_param: Annotated[float | None, Range(above=0, most=10**40)] = None
     """Training tokens per scaling parameter (block matrices and head, with standard values)."""
 
-    steps: int | None = None
+    steps: Annotated[int | None, COUNT] = None
     """Optimizer steps."""
 
     def __post_init__(self):
@@ -33,8 +37,7 @@ class BudgetConfig:
                 f"model.budget needs exactly one of flops, tokens, tokens_per_param and steps, "
                 f"not {found}"
             )
-        if getattr(self, given[0]) <= 0:
-            raise UserError(f"model.budget.{given[0]} is {getattr(self, given[0])}: above 0")
+        check_least(self, "model.budget")
 
 
 @dataclass(frozen=True)
@@ -53,15 +56,13 @@ class ModelSection:
 class BatchConfig:
     """The global batch; the accumulation follows from it and the number of devices."""
 
-    tokens: int = 524288
+    tokens: Annotated[int, COUNT] = 524288
     """Tokens per optimizer step, over all devices."""
-    micro: int = 16
+    micro: Annotated[int, COUNT] = 16
     """Sequences per device and micro-step."""
 
     def __post_init__(self):
-        for name in ("tokens", "micro"):
-            if getattr(self, name) < 1:
-                raise UserError(f"batch.{name} is {getattr(self, name)}: at least 1")
+        check_least(self, "batch")
 
 
 @dataclass(frozen=True)
@@ -71,68 +72,68 @@ class RunConfig:
     name: str | None = None
     """Name of the run directory; a new name starts a new run. null: the name of the recipe file,
     and of the overlays that change the model (quickstart-standard)."""
-    root: str = "runs"
+    root: Annotated[str, PATH] = "runs"
     """Folder of all runs."""
-    reference: str | None = None
+    reference: Annotated[str | None, PATH] = None
     """Another run, by its name in root or by its path, beside whose val_bpb at the same number of
     tokens that of this run is shown; it may still be training."""
 
     def __post_init__(self):
-        if self.name is not None and (not self.name or Path(self.name).name != self.name):
+        if self.name is None:
+            return
+        if self.name in ("", "..") or Path(self.name).name != self.name:
             raise UserError(
                 f"run.name {self.name!r} must be one folder name: use run.root for paths"
             )
+        if not self.name.isprintable():
+            raise UserError(f"run.name {self.name!r} has characters that cannot be printed")
+        if len(self.name.encode()) > MAX_NAME:
+            raise UserError(f"run.name has {len(self.name.encode())} bytes: at most {MAX_NAME}")
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """When checkpoints are written and which are kept. The last step is always written."""
 
-    every_steps: int = 500
+    every_steps: Annotated[int, COUNT] = 500
     """Optimizer steps between checkpoints."""
-    keep_last: int = 2
+    keep_last: Annotated[int, COUNT] = 2
     """How many of the newest to keep."""
-    keep_every: int | None = None
+    keep_every: Annotated[int | None, COUNT] = None
     """Also keep every checkpoint whose step is a multiple of this."""
     asynchronous: bool = True
     """Whether training goes on while a checkpoint is written."""
 
     def __post_init__(self):
-        for name in ("every_steps", "keep_last", "keep_every"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"checkpoint.{name} is {getattr(self, name)}: at least 1")
+        check_least(self, "checkpoint")
 
 
 @dataclass(frozen=True)
 class ValidationConfig:
     """When bits per byte are measured on held-out text. The last step is always validated."""
 
-    every_steps: int = 250
+    every_steps: Annotated[int, COUNT] = 250
     """Optimizer steps between validations."""
-    tokens: int | None = None
+    tokens: Annotated[int | None, COUNT] = None
     """Tokens to validate on, from the start of the held-out rows; null: all of them."""
 
     def __post_init__(self):
-        for name in ("every_steps", "tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"validation.{name} is {getattr(self, name)}: at least 1")
+        check_least(self, "validation")
 
 
 @dataclass(frozen=True)
 class GuardConfig:
     """What a run does when something goes wrong while nobody looks."""
 
-    max_skipped_steps: int = 10
+    max_skipped_steps: Annotated[int, COUNT] = 10
     """A step whose gradients hold NaN or infinity is skipped; so many in a row end the run."""
-    spike_deviations: float = 8.0
+    spike_deviations: Annotated[float, Range(above=0)] = 8.0
     """A loss so many standard deviations above its recent mean is reported and counted."""
-    late_after_s: float = 300.0
+    late_after_s: Annotated[float, Range(above=0, most=2**40)] = 300.0
     """Seconds without progress after which the ranks that are late are named."""
 
     def __post_init__(self):
-        for name in ("max_skipped_steps", "spike_deviations", "late_after_s"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"guard.{name} is {getattr(self, name)}: more than 0")
+        check_least(self, "guard")
 
 
 @dataclass(frozen=True)
@@ -141,31 +142,27 @@ class EvaluationConfig:
 
     tasks: list[str] = field(default_factory=list)
     """Tasks and groups: core_paper, heldout, or any name that lm-eval knows. Empty: none."""
-    every_steps: int | None = None
+    every_steps: Annotated[int | None, COUNT] = None
     """Optimizer steps between evaluations; null: none in between."""
     at_checkpoints: bool = False
     """Whether to evaluate whenever a checkpoint is written."""
     at_end: bool = True
     """Whether to evaluate after the last step."""
-    max_per_task: int | None = None
+    max_per_task: Annotated[int | None, COUNT] = None
     """Rows per task; null: all. Few-shot examples are drawn from these rows too."""
-    time_limit: float | None = None
+    time_limit: Annotated[float | None, Range(above=0)] = None
     """Seconds per task; rows that are left out then are reported. null: no limit."""
-    data_dir: str | None = None
+    data_dir: Annotated[str | None, PATH] = None
     """Directory of the CORE files; null: that of BOV_EVAL_DATA."""
     download: bool = False
     """Whether to download CORE files that are missing (checksums are verified either way)."""
-    include_path: str | None = None
+    include_path: Annotated[str | None, PATH] = None
     """A folder of further lm-eval tasks."""
-    tokens_per_forward: int | None = None
+    tokens_per_forward: Annotated[int | None, COUNT] = None
     """Tokens per device and forward pass; null: 2048 on a CPU, 8192 on a GPU."""
 
     def __post_init__(self):
-        for name in ("every_steps", "max_per_task", "tokens_per_forward"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"evaluation.{name} is {getattr(self, name)}: at least 1")
-        if self.time_limit is not None and self.time_limit <= 0:
-            raise UserError(f"evaluation.time_limit is {self.time_limit}: more than 0")
+        check_least(self, "evaluation")
 
 
 @dataclass(frozen=True)
@@ -178,7 +175,7 @@ class Recipe:
     """Global batch."""
     run: RunConfig = field(default_factory=RunConfig)
     """Run directory."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of initialisation and data order."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""

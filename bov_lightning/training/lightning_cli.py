@@ -12,12 +12,14 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import Logger
 
+from bov_lightning.distributed.layout import count_devices
 from bov_lightning.distributed.processes import processes
 from bov_lightning.distributed.strategy import choose_strategy
+from bov_lightning.errors import UserError
 from bov_lightning.model.config import TransformerConfig
 from bov_lightning.optim.config import OptimizerConfig
 from bov_lightning.recipe.building import user_errors
-from bov_lightning.recipe.data_module import DATA_LINKS, data_section
+from bov_lightning.recipe.data_module import DATA_LINKS, check_class, data_section
 from bov_lightning.recipe.given import Given
 from bov_lightning.recipe.keys import unknown_key
 from bov_lightning.recipe.sameness import plain
@@ -35,10 +37,32 @@ DERIVED = {
     "limit_val_batches": "validation.tokens",
     "default_root_dir": "run",
     "enable_checkpointing": "checkpoint",
-    "enable_progress_bar": "nothing: bov shows its own",
 }
 """Arguments of the Trainer that other sections decide."""
 
+
+IMPOSSIBLE = {
+    "enable_progress_bar": "bov shows its own",
+    "fast_dev_run": "try --model.budget.steps 2 with another --run.name instead",
+    "barebones": "a run writes checkpoints and metrics",
+    "overfit_batches": "train on less text instead",
+    "limit_train_batches": "model.budget says how long to train",
+    "reload_dataloaders_every_n_epochs": "the data is read once, in one order",
+}
+"""Arguments of the Trainer that a recipe cannot set (but to null, false or 0), and why."""
+
+CONFLICTING = {
+    "Checkpoint": "the checkpoint section says when checkpoints are written and which are kept",
+    "ProgressBar": "bov shows its own",
+    "GradientAccumulationScheduler": "batch.tokens and batch.micro say how a step is divided",
+    "BatchSizeFinder": "batch.micro says it",
+    "LearningRateFinder": "model.optimizer says them",
+}
+"""Callbacks of Lightning, by the name of their class or of one above it, that change what a section
+of the recipe says."""
+
+SECTIONS = {"model", "data", "trainer", *(key.partition(".")[0] for key in DATA_LINKS.values())}
+"""What of a recipe LightningCLI sees."""
 
 _recipe: ContextVar[Recipe] = ContextVar("recipe")
 """What `_module` makes a module for: LightningCLI calls it with the model section alone."""
@@ -66,7 +90,8 @@ class RecipeCLI(LightningCLI):
                 resolved recipe as YAML.
         """
         self.given, self.loggers, self.make_callbacks = given, loggers, make_callbacks
-
+        self.sections = {name: given.plain[name] for name in SECTIONS if name in given.plain}
+        self.sections["data"] = data_section(given)
         token = _recipe.set(given.recipe)
         super().__init__(
             _module,
@@ -76,16 +101,16 @@ class RecipeCLI(LightningCLI):
             save_config_callback=None,
             run=False,
             # A copy: jsonargparse turns parts of what it is given into its own types.
-            args=copy.deepcopy(given.plain),
+            args=copy.deepcopy(self.sections),
             parser_kwargs={"exit_on_error": False},
         )
         _recipe.reset(token)
 
     def add_arguments_to_parser(self, parser) -> None:
         """The sections beside model, data and trainer, and what they fill in."""
-        for name, kind in get_type_hints(Recipe).items():
-            if name in ("model", "data", "trainer"):
-                continue
+        hints = get_type_hints(Recipe)
+        for name in sorted(SECTIONS - {"model", "data", "trainer"}):
+            kind = hints[name]
             if is_dataclass(kind):
                 parser.add_class_arguments(kind, name)
             else:
@@ -95,6 +120,7 @@ class RecipeCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list) -> Trainer:
         config = {name: value for name, value in config.items() if name not in DERIVED}
+        _refuse_conflicts(config.get("callbacks"))
         loggers = config.get("logger")
         loggers = loggers if isinstance(loggers, list) else [loggers]
         added = [x for x in loggers if not isinstance(x, bool) and x]
@@ -128,19 +154,41 @@ class RecipeCLI(LightningCLI):
         return yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
 
 
+def _refuse_conflicts(callbacks: Any) -> None:
+    """Names what of the recipe says what a callback would say too."""
+    for callback in callbacks if isinstance(callbacks, list) else filter(None, [callbacks]):
+        for base in type(callback).__mro__:
+            if base.__name__ in CONFLICTING and base.__module__.startswith("lightning"):
+                raise UserError(
+                    f"trainer.callbacks: {type(callback).__name__} cannot be used: "
+                    f"{CONFLICTING[base.__name__]}"
+                )
+
+
 def build_cli(
     given: Given,
     loggers: list[Logger] | None = None,
     make_callbacks: Callable[[str], list[Callback]] = lambda config_yaml: [],
 ) -> RecipeCLI:
     """The objects of a recipe; every problem is a `UserError`."""
-    data_section(given)
     trainer_keys = inspect.signature(Trainer.__init__).parameters
-    for key in given.plain.get("trainer") or {}:
+    trainer = given.plain.get("trainer") or {}
+    for key, value in trainer.items():
         if key in DERIVED:
             raise given.error(f"trainer.{key} follows from {DERIVED[key]}: set that instead")
+        if key in IMPOSSIBLE and value:
+            raise given.error(f"trainer.{key} cannot be set: {IMPOSSIBLE[key]}")
         if key not in trainer_keys:
             options = [f"trainer.{name}" for name in trainer_keys if name != "self"]
             raise unknown_key(f"trainer.{key}", options, given.origin)
+    data = data_section(given)
+    check_class(data, "data", given.origin, LightningDataModule)
+    for key, value in trainer.items():
+        for i, item in enumerate(value if isinstance(value, list) else [value]):
+            # jsonargparse knows the classes of Lightning by their names alone, too.
+            if isinstance(item, dict) and "." in str(item.get("class_path")):
+                where = f"trainer.{key}[{i}]" if isinstance(value, list) else f"trainer.{key}"
+                check_class(item, where, given.origin)
     with user_errors(given.origin):
+        count_devices(trainer.get("devices"))
         return RecipeCLI(given, loggers or [], make_callbacks)

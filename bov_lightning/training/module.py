@@ -51,6 +51,13 @@ class BoVModule(pl.LightningModule):
                 f"model.config.vocab_size is {self.config.vocab_size}, but the data's tokenizer "
                 f"has {data.vocab_size} token ids: set one of them to the other"
             )
+        start, theirs = self.config.document_start, getattr(data, "document_start", None)
+        # What an older run was trained with can still be measured.
+        if stage == "fit" and start is not None and theirs is not None and start != theirs:
+            raise UserError(
+                f"model.config.document_start is {start}, but the token that the data puts in "
+                f"front of documents is id {theirs}: set it to that, or to null"
+            )
         self.token_bytes = data.token_bytes
 
     def configure_model(self) -> None:
