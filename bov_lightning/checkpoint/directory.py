@@ -14,10 +14,12 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from bov_lightning.console import say
 from bov_lightning.errors import UserError
+from bov_lightning.files import remove
 from bov_lightning.version import __version__
 
 MARKER = "checkpoint.json"
@@ -131,6 +133,27 @@ def step_of(checkpoint: Path) -> int:
 def complete_checkpoints(run: Path) -> list[Path]:
     """All complete checkpoints of a run directory, oldest first."""
     return [path for path in step_directories(run) if is_complete(path)]
+
+
+def prune(run: Path, keep_last: int, keep_every: int | None, written: int) -> None:
+    """Deletes the complete checkpoints that are older than the ``keep_last`` newest good ones.
+
+    Damaged ones do not count: the last good one would go because of them.
+
+    Args:
+        run: the run directory.
+        keep_last: how many good ones to keep.
+        keep_every: also keep those whose step is a multiple of this.
+        written: the step that has just been written, which is kept whatever else is there.
+    """
+    kept = {step_of(path) for path in islice(good_checkpoints(run), keep_last)} | {written}
+    for path in complete_checkpoints(run):
+        step = step_of(path)
+        if step < min(kept) and not (keep_every and step % keep_every == 0):
+            # Renamed first: a half-deleted directory must not pass for a checkpoint.
+            doomed = path.with_name(f".{path.name}.old")
+            remove(doomed)
+            remove(path.rename(doomed))
 
 
 def checksum(path: Path) -> int:

@@ -64,7 +64,7 @@ SCRIPT = """\
 run={run}
 export OMP_NUM_THREADS="${{SLURM_CPUS_PER_TASK:-1}}" OMP_WAIT_POLICY=passive
 {setup}
-newest() {{ ls -d "$run"/{progress} 2>/dev/null | grep -E '/step-[0-9]{{8,}}/' | sort | tail -n 1; }}
+newest() {{ ls -d "$run"/{progress} 2>/dev/null | grep -E '/step-[0-9]+/' | sort | tail -n 1; }}
 requeue() {{ echo "bov: $1: requeueing"; scontrol requeue "$SLURM_JOB_ID" && sleep 300; }}
 
 before=$(newest)

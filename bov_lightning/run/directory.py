@@ -151,7 +151,8 @@ class RunDirectory:
 
         def go_on(owner: dict[str, Any], is_certain: bool) -> bool:
             if not seen and not is_certain:
-                say(f"{self} was trained by {claims.describe(owner)}: waiting to see if it still is")
+                who = claims.describe(owner)
+                say(f"{self} was being trained by {who}: waiting to see whether it still is")
             seen.append(owner)
             return not is_certain
 

@@ -69,8 +69,8 @@ class MetricsCSV(RunLogger):
         super().__init__()
         self.run, self.path = run, run.metrics_file
         self.rows: dict[int, dict[str, Any]] = {}
-        self._written: list[str] | None = []
-        """The columns of the file; [] before it is written, None after that has failed: what is
+        self._written: list[str] | None = None
+        """The columns of the file; None before it is written, and after that has failed: what is
         missing comes with the next row, in a file made anew."""
 
     def resume_at(self, step: int) -> None:
@@ -98,8 +98,6 @@ class MetricsCSV(RunLogger):
         row.update(metrics)
         columns = list(dict.fromkeys(key for r in self.rows.values() for key in r))
         written, self._written = self._written, None
-        if written == []:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
         if is_new_row and columns == written:
             with open(self.path, "a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, columns).writerow(row)
@@ -164,7 +162,7 @@ class TensorBoardEvents(RunLogger):
     def _open(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        if self._retry_at > 0 and not self.directory.is_dir():
+        if not self.directory.is_dir():
             raise FileNotFoundError(f"{self.directory} is gone")
         _leave_writers_failures_to_us()
         if self.purge_step is not None:

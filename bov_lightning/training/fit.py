@@ -23,8 +23,7 @@ from bov_lightning.planning.cost import make_plan
 from bov_lightning.recipe.budget import accumulation
 from bov_lightning.recipe.given import Given
 from bov_lightning.recipe.overlays import read_yaml
-from bov_lightning.recipe.sameness import fixed_difference, part_of, plain
-from bov_lightning.recipe.sections import Recipe
+from bov_lightning.recipe.sameness import fixed_difference, part_of
 from bov_lightning.run.directory import Ended, RunDirectory, move_aside
 from bov_lightning.run.loggers import MetricsCSV, TensorBoardEvents, never_end_a_run
 from bov_lightning.run.reference import find_reference
@@ -88,7 +87,7 @@ def fit(given: Given) -> None:
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     n_micro = accumulation(batch.tokens, batch.micro, config.sequence_len, trainer.world_size)
     last_step = module.n_step
-    if resume and (ended := _still_ended(run, recipe)):
+    if resume and (ended := _still_ended(run, cli.resolved_yaml())):
         last_step = ended.step
         if trainer.is_global_zero:
             say(f"{run} was ended at step {ended.step} of {module.n_step} by {ended.by}, and stays "
@@ -187,12 +186,12 @@ class Holder:
                 path.rmdir()
 
 
-def _still_ended(run: RunDirectory, recipe: Recipe) -> Ended | None:
+def _still_ended(run: RunDirectory, config_yaml: str) -> Ended | None:
     """How the run was ended early; None where what ended it reads otherwise now: it goes on."""
     ended = run.ended()
     if ended is None or not run.config.is_file():
         return None
-    stored, now = read_yaml(run.config), {k: plain(v) for k, v in vars(recipe).items()}
+    stored, now = read_yaml(run.config), yaml.safe_load(config_yaml)
     keys = ("trainer.callbacks", "trainer.max_time", "model.budget")
     return ended if all(part_of(stored, key) == part_of(now, key) for key in keys) else None
 

@@ -189,7 +189,6 @@ def test_a_shard_deleted_while_training_names_the_shard(corpus):
         ({"sequence_len": 32}, "sequence_len 16, not 32"),
         ({"packing": CONCAT}, "packing"),
         ({"n_shard": 5}, "n_shard 4, not 5"),
-        ({"on_error": "skip"}, "on_error"),
     ],
 )
 def test_two_settings_do_not_mix_in_one_directory(corpus, synthetic, options, word):

@@ -2,19 +2,18 @@
 
 import json
 from collections.abc import Callable
-from itertools import islice
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
-from bov_lightning.checkpoint.directory import good_checkpoints, step_of
+from bov_lightning.checkpoint.directory import prune
 from bov_lightning.checkpoint.resuming import optimizer_state_of, random_state, restore, weights_of
 from bov_lightning.checkpoint.writing import CheckpointWriter
 from bov_lightning.console import say
 from bov_lightning.distributed import preemption
 from bov_lightning.distributed.sharding import reshard
 from bov_lightning.errors import UserError
-from bov_lightning.files import remove, write_file
+from bov_lightning.files import write_file
 from bov_lightning.recipe.sections import CheckpointConfig, ValidationConfig
 from bov_lightning.run.directory import RunDirectory
 from bov_lightning.run.loggers import MetricsCSV, RunLogger
@@ -243,22 +242,9 @@ class Checkpointer(Callback):
         raise preemption.Preempted(0 if launched_by_us and trainer.local_rank else code)
 
     def _prune(self) -> None:
-        """Deletes what is older than the ``keep_last`` newest good checkpoints.
-
-        Damaged ones do not count, or the last good one might go because of them.
-        """
-        good = good_checkpoints(self.run.path)
-        kept = {step_of(path) for path in islice(good, self.config.keep_last)}
-        kept.add(self.writer.writing)
-        for path in self.run.checkpoints():
-            step = step_of(path)
-            if step >= min(kept):
-                return
-            if not self.config.keep_every or step % self.config.keep_every:
-                # Renamed first: a half-deleted directory must not pass for a checkpoint.
-                doomed = path.with_name(f".{path.name}.old")
-                remove(doomed)
-                remove(path.rename(doomed))
+        prune(
+            self.run.path, self.config.keep_last, self.config.keep_every, self.writer.writing
+        )
 
 
 def _who_stopped(trainer: Trainer) -> str:
