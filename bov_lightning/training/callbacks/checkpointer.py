@@ -96,7 +96,6 @@ class Checkpointer(Callback):
         """Stops if a signal came before the first step; validates what was to be validated."""
         if trainer.is_global_zero:
             self.run.ended_file.unlink(missing_ok=True)  # it goes on
-        self._keep(trainer, module)
         self.stop_if_told(trainer, module, trainer.strategy.agree_on_signal())
         step = trainer.global_step
         missing = step > 0 and step % self.validation.every_steps == 0
@@ -121,13 +120,13 @@ class Checkpointer(Callback):
         if step == self.step:
             return
         self.step, self._kept, self._stepping = step, None, False
+        if trainer.world_size == 1 or step % self.validation.every_steps == 0:
+            self._keep(trainer, module)
         last = step == trainer.max_steps or trainer.should_stop
         if last or step % self.config.every_steps == 0:
             self._save(trainer, module)
             if last or not self.config.asynchronous:
                 self._finish(last)
-        elif step % self.validation.every_steps == 0 or trainer.world_size == 1:
-            self._keep(trainer, module)
         self.stop_if_told(trainer, module, guard_of(trainer).signal)
 
     def on_validation_batch_end(self, trainer, module, *arguments) -> None:
@@ -242,9 +241,7 @@ class Checkpointer(Callback):
         raise preemption.Preempted(0 if launched_by_us and trainer.local_rank else code)
 
     def _prune(self) -> None:
-        prune(
-            self.run.path, self.config.keep_last, self.config.keep_every, self.writer.writing
-        )
+        prune(self.run.path, self.config.keep_last, self.config.keep_every, self.writer.writing)
 
 
 def _who_stopped(trainer: Trainer) -> str:
