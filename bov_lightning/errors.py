@@ -8,6 +8,18 @@ class UserError(ValueError):
     ``ValueError``, so that config dataclasses can raise it while they are being parsed.
     """
 
+    exit_code = 2
+    """Of the command that it ends."""
+
+
+class StorageError(UserError):
+    """What a disk refuses though nothing is wrong with what was asked: it is full, or fails.
+
+    Exit code 74 (EX_IOERR): the same command may succeed later, so that a job may be requeued.
+    """
+
+    exit_code = 74
+
 
 class EvaluationInterruptedError(Exception):
     """An evaluation was asked to stop; all ranks raise it after the same batch."""

@@ -1,16 +1,28 @@
 """Files and directories that are either complete or not there."""
 
+import contextlib
+import errno
+import glob
 import os
 import shutil
+import socket
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from bov_lightning.errors import UserError
+from bov_lightning.errors import StorageError, UserError
 
 FULL = 2**20
 """A file system with fewer free bytes than this counts as full."""
+
+ABANDONED_AFTER_S = 24 * 3600.0
+"""Half a file that nobody has written to for so long is nobody's."""
+
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EFBIG)
+"""Error numbers of what is no mistake of the user's, and may pass."""
 
 
 def _fsync(path: Path) -> None:
@@ -22,24 +34,54 @@ def _fsync(path: Path) -> None:
 
 
 def aside_of(target: Path) -> Path:
-    """Where ``target`` is written before it is put in place."""
+    """Where several processes write ``target`` together before it is put in place.
+
+    Somebody sees to it that no others write the same (`bov_lightning.claims`).
+    """
     return target.with_name(f".{target.name}.partial")
 
 
-def put_in_place(target: Path) -> None:
+def _own_aside(target: Path) -> Path:
+    """Where this thread writes ``target``, whoever else may do the same at the same time."""
+    mine = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+    return target.with_name(f".{target.name}.{mine}.partial")
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Removes what writers of ``target`` that were killed have left.
+
+    Those of another machine count as killed when they have not written for long.
+    """
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*-*-*.partial"):
+        host, pid, _ = path.name.removesuffix(".partial").rsplit("-", 2)
+        here = host == f".{target.name}.{socket.gethostname()}" and pid.isdigit()
+        with contextlib.suppress(OSError):
+            if here:
+                is_left = not Path("/proc", pid).exists() and Path("/proc/self").exists()
+            else:
+                is_left = time.time() - path.stat().st_mtime > ABANDONED_AFTER_S
+            if is_left:
+                remove(path)
+
+
+def put_in_place(aside: Path, target: Path) -> None:
     """Makes what lies aside durable and renames it to ``target``, replacing what was there."""
-    aside = aside_of(target)
     for path in (*sorted(aside.rglob("*")), aside):
         _fsync(path)
-    if target.is_dir():
-        # Renamed first: a half-deleted directory must not pass for a whole one.
-        old = target.with_name(f".{target.name}.old")
-        remove(old)
-        target.rename(old)
-        aside.replace(target)
-        remove(old)
-    else:
-        aside.replace(target)
+    old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.old")
+    while aside.exists():
+        if target.is_dir():
+            # Renamed first: a half-deleted directory must not pass for a whole one.
+            with contextlib.suppress(FileNotFoundError):
+                target.rename(old)
+        try:
+            aside.replace(target)
+        except OSError as error:
+            # Another writer's has just been put there.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.old"):
+        remove(left)
     _fsync(target.parent)
 
 
@@ -54,18 +96,19 @@ def file_error(error: BaseException, target: Path) -> UserError | None:
     if not (isinstance(error, OSError) or full):
         return None
     reason = getattr(error, "strerror", None) or "No space left on device"
-    return UserError(f"{target} cannot be written: {reason}")
+    kind = StorageError if full or getattr(error, "errno", None) in OF_THE_DISK else UserError
+    return kind(f"{target} cannot be written: {reason}")
 
 
 @contextmanager
 def _complete_or_absent(target: Path) -> Iterator[Path]:
     """A place beside ``target`` to write to, moved there at the end; nothing is left on errors."""
-    aside = aside_of(target)
-    remove(aside)
+    aside = _own_aside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target)
         yield aside
-        put_in_place(target)
+        put_in_place(aside, target)
     except BaseException as error:
         reported = file_error(error, target)
         remove(aside)

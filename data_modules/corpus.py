@@ -16,8 +16,10 @@ import json
 import multiprocessing
 import os
 import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -27,9 +29,11 @@ import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
+from bov_lightning import claims
 from bov_lightning.console import CONSOLE
+from bov_lightning.distributed import preemption
 from bov_lightning.errors import UserError
-from bov_lightning.files import write_directory, write_file
+from bov_lightning.files import file_error, write_directory, write_file
 from data_modules.packing import PackingConfig, PackingCounts, pack
 from data_modules.reader import OnError, open_stripe
 from data_modules.sources import Split, TextSource
@@ -58,6 +62,19 @@ def _share_progress(shared: Any) -> None:
     global _progress
     _progress = shared
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _stop_if_told() -> None:
+    """Ends a process that was told to stop: what is packed already is kept."""
+    if code := preemption.received():
+        raise preemption.Preempted(code)
+
+
+def _until_told(documents: Iterable[str]) -> Iterator[str]:
+    """The documents, until this process is told to stop."""
+    for document in documents:
+        _stop_if_told()
+        yield document
 
 
 class Corpus:
@@ -121,14 +138,54 @@ class Corpus:
         Args:
             processes: how many pack at once; None: one per core.
             shard: (i, n): this machine packs every n-th shard from the i-th on. The one that ends
-                last writes the manifest; number 0 trains the tokenizer.
+                last writes the manifest; the one that begins first trains the tokenizer.
         """
-        self._claim()
-        self._make_tokenizer(shard[0])
-        mine = [s for i, s in enumerate(self.shards()) if i % shard[1] == shard[0]]
-        pending = [s for s in mine if not self._is_whole(*s)]
-        if pending:
-            self._pack(pending, processes or os.cpu_count() or 1)
+        with self._alone(f"part {shard[0]} of {shard[1]}"):
+            self._claim()
+            with self._alone("the tokenizer"):
+                self._make_tokenizer()
+            mine = [s for i, s in enumerate(self.shards()) if i % shard[1] == shard[0]]
+            pending = [s for s in mine if not self._is_whole(*s)]
+            if pending:
+                self._pack(pending, processes or os.cpu_count() or 1)
+            self._finish()
+
+    @contextmanager
+    def _alone(self, part: str) -> Iterator[None]:
+        """While no other process makes that part; one that does is waited for while it lives."""
+        said = False
+
+        def waiting(owner: dict[str, Any], is_certain: bool) -> bool:
+            nonlocal said
+            if not said:
+                said = True
+                CONSOLE.print(
+                    f"{self.directory}: {claims.describe(owner)} makes {part}: waiting for it",
+                    highlight=False, soft_wrap=True,
+                )  # fmt: skip
+            return True
+
+        made = [x for x in (self.directory, *self.directory.parents) if not x.exists()]
+        name = f".{part.replace(' ', '-')}"
+        try:
+            claim = claims.wait_and_take(
+                self.directory, name, go_on=waiting, stop=lambda: preemption.received() != 0
+            )
+        except OSError as error:
+            raise file_error(error, self.directory) from error
+        if claim is None:
+            raise preemption.Preempted(preemption.received())
+        try:
+            with claim:
+                yield
+        finally:
+            # Nothing is left of what was refused.
+            for path in made:
+                with suppress(OSError):
+                    path.rmdir()
+
+    def _finish(self) -> None:
+        """Writes the manifest, if this was the last part."""
         if all(self._shard_file(*s, ".json").is_file() for s in self.shards()):
             self._write_manifest()
 
@@ -155,7 +212,7 @@ class Corpus:
         """Writes settings.json, or compares it with ours."""
         path, own = self.directory / SETTINGS, self.settings()
         if not path.is_file():
-            if self.directory.exists() and any(self.directory.iterdir()):
+            if any(not path.name.startswith(".") for path in self.directory.iterdir()):
                 raise UserError(
                     f"{self.directory} exists and holds no corpus: choose another folder"
                 )
@@ -170,26 +227,24 @@ class Corpus:
         """Refuses to mix two settings in one directory."""
         found = _read_json(self.directory / SETTINGS)
         for name, value in own.items():
+            # Whether a row that cannot be read ends the reading makes no difference to the others.
+            if name == "on_error":
+                continue
             if found.get(name) != value:
                 raise UserError(
                     f"{self.directory} was prepared with {name} {found.get(name)}, not {value}: "
                     "choose another data.init_args.directory or delete it"
                 )
 
-    def _make_tokenizer(self, machine: int) -> None:
+    def _make_tokenizer(self) -> None:
         if self.tokenizer_directory.is_dir():
-            return
-        if machine and not self.tokenizer.path:
-            with CONSOLE.status("waiting for the tokenizer that --shard 0/N trains"):
-                while not self.tokenizer_directory.is_dir():
-                    time.sleep(1)
             return
         if self.tokenizer.path:
             tokenizer = read_tokenizer(self.tokenizer.path)
         else:
             with CONSOLE.status("training the tokenizer"):
                 documents = open_stripe(self.source, "train", on_error=self.on_error)
-                tokenizer = train_tokenizer(documents, self.tokenizer)
+                tokenizer = train_tokenizer(_until_told(documents), self.tokenizer)
         write_directory(self.tokenizer_directory, lambda aside: save_tokenizer(tokenizer, aside))
 
     def _shard_file(self, split: Split, index: int, n_shard: int, suffix: str) -> Path:
@@ -214,6 +269,7 @@ class Corpus:
 
         def show(progress: Progress, task: Any) -> None:
             nonlocal said
+            _stop_if_told()
             now, done = time.monotonic(), sum(shared[0::2])
             rate = f"{sum(shared[1::2]) / (now - started):,.0f} tokens/s"
             progress.update(task, completed=done, rate=rate)
@@ -244,6 +300,7 @@ class Corpus:
                         pass
                     show(progress, task)
             except BrokenProcessPool as error:
+                _stop_if_told()
                 raise UserError(
                     f"data: a process that packed {self.directory} was killed (out of memory?): "
                     "start again to continue, perhaps with fewer --processes"

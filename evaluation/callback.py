@@ -112,17 +112,19 @@ class Evaluator(Callback):
         """Evaluates when a due step has just been taken."""
         self._handle(trainer, module)
 
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """The last step, where it turned out to be one only afterwards."""
+        self._handle(trainer, module)
+
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
         """The last step, where a resumed run had nothing else left to do."""
         self._handle(trainer, module)
 
     def _handle(self, trainer: Trainer, module: LightningModule) -> None:
         step = trainer.global_step
-        if step == self.handled_step:
+        if step == self.handled_step or not self.is_due(step, trainer.max_steps):
             return
         self.handled_step = step
-        if not self.is_due(step, trainer.max_steps):
-            return
         directory = step_directory(self.run_directory, step)
         settings = self.benchmarks.settings
         claim = None

@@ -8,6 +8,7 @@ RUN/eval/metrics.csv         one line per evaluated step, made anew from the res
 
 import copy
 import csv
+import hashlib
 import json
 import os
 import re
@@ -16,11 +17,11 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from bov_lightning.checkpoint.directory import step_of
-from bov_lightning.errors import UserError
-from bov_lightning.files import write_file
+from bov_lightning import claims
+from bov_lightning.checkpoint.directory import step_name, step_of
+from bov_lightning.errors import StorageError, UserError
+from bov_lightning.files import file_error, write_file
 from bov_lightning.run.directory import EVAL, RunDirectory
-from evaluation import claims
 
 HELDOUT = "heldout"
 """In the folder of all evaluations: the tasks made of the run's held-out text."""
@@ -57,7 +58,7 @@ def write_results(directory: Path, results: dict[str, Any], model: str, step: in
                 tracker.save_results_samples(task_name=task, samples=rows)
         return _publish(aside, directory, {t: len(rows) for t, rows in samples.items() if rows})
     except OSError as error:
-        raise UserError(f"{directory} cannot be written: {error.strerror}") from error
+        raise file_error(error, directory) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -68,7 +69,7 @@ def _publish(aside: Path, directory: Path, expected: dict[str, int]) -> Path:
     samples = sorted(aside.glob("samples_*.jsonl"))
     n_line = sum(path.read_bytes().count(b"\n") for path in samples)
     if len(found) != 1 or n_line != sum(expected.values()):
-        raise UserError(f"{directory}: the results could not be written (is the disk full?)")
+        raise StorageError(f"{directory}: the results could not be written (is the disk full?)")
     for path in (*samples, found[0]):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -110,6 +111,12 @@ def remove_orphans(directory: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def _claim_of(run: Path, step: int, settings: dict[str, Any]) -> tuple[Path, str]:
+    """Directory and name of a claim: the same for all who would evaluate a step in the same way."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return run / EVAL / "claims", f"{step_name(step)}-{digest[:12]}"
+
+
 def claim_step(
     run: Path, step: int, settings: dict[str, Any], stale_after_s: float = claims.STALE_AFTER_S
 ) -> claims.Claim | None:
@@ -117,7 +124,7 @@ def claim_step(
     directory = step_directory(run, step)
     if is_done(directory, settings):
         return None
-    claim = claims.take(*claims.of_step(run, step, settings), stale_after_s)
+    claim = claims.take(*_claim_of(run, step, settings), stale_after_s)
     # Between the look and the claim, somebody else may have finished.
     if claim is not None and is_done(directory, settings):
         with claim:

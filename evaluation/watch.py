@@ -5,7 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bov_lightning.checkpoint.directory import complete_checkpoints, read_marker, step_of
+from bov_lightning import claims
+from bov_lightning.checkpoint.directory import (
+    complete_checkpoints,
+    damaged_file,
+    read_marker,
+    step_of,
+)
 from bov_lightning.errors import EvaluationInterruptedError
 from bov_lightning.recipe.budget import horizon
 from bov_lightning.recipe.building import build
@@ -13,7 +19,6 @@ from bov_lightning.recipe.keys import check_keys
 from bov_lightning.recipe.overlays import read_yaml
 from bov_lightning.recipe.sections import Recipe
 from bov_lightning.run.directory import RunDirectory, UserError
-from evaluation import claims
 from evaluation.report import headline
 from evaluation.results import (
     claim_step,
@@ -25,10 +30,12 @@ from evaluation.results import (
 
 
 def last_step(run: Path) -> int | None:
-    """The step that the run ends with; None while its configuration is not there."""
+    """The step that the run ends, or was ended, with; None while it has no configuration."""
     path = RunDirectory(run).config
     if not path.is_file():
         return None
+    if ended := RunDirectory(run).ended():
+        return ended.step
     settings = read_yaml(path)
     check_keys(settings, str(path))
     recipe = build(Recipe, settings, str(path))
@@ -101,6 +108,10 @@ class Watcher:
         if claim is None:
             return False
         with claim:
+            if checkpoint.is_dir() and (damage := damaged_file(checkpoint)):
+                self.gone.add(step)
+                self.report(f"skipped {checkpoint}: {damage}")
+                return True
             try:
                 results = self.evaluate(checkpoint)
             except (UserError, OSError) as error:

@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 PACKAGES = ("bov_lightning", "data_modules", "evaluation")
 
 FLOORS = (
-    ("errors", "files", "kinds", "console", "version", "upstream"),
+    ("errors", "files", "kinds", "claims", "console", "version", "upstream"),
     ("model",),
     ("distributed",),
     ("optim",),

@@ -13,14 +13,14 @@ checkpoints/step-00000100/
 import json
 import re
 import zlib
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from bov_lightning.console import say
 from bov_lightning.errors import UserError
+from bov_lightning.files import remove
 from bov_lightning.version import __version__
-
-if TYPE_CHECKING:
-    pass
 
 MARKER = "checkpoint.json"
 WEIGHTS = "weights"
@@ -38,8 +38,10 @@ def step_name(step: int) -> str:
 def problem(directory: Path) -> str | None:
     """Why the directory is no complete checkpoint, by names and sizes alone; None if it is one."""
     try:
-        files = read_marker(directory)["files"]
-        for name, facts in files.items():
+        marker = read_marker(directory)
+        if _is_step(directory) and marker["step"] != step_of(directory):
+            return f"it holds step {marker['step']}: it was renamed"
+        for name, facts in marker["files"].items():
             path = directory / name
             if not path.is_file():
                 return f"{name} is missing"
@@ -58,14 +60,69 @@ def is_complete(directory: Path) -> bool:
     return (directory / MARKER).is_file() and problem(directory) is None
 
 
+def flaw(directory: Path) -> str | None:
+    """Why the directory must not be used: `problem`, or else `damaged_file`; None if it may be.
+
+    This is what a good checkpoint means to whatever resumes, deletes, evaluates or exports. Files
+    are read to their end once: those that have not changed since are known.
+    """
+    if reason := problem(directory):
+        return reason
+    try:
+        looks, known = _looks(directory), directory.absolute()
+    except OSError as error:
+        return f"{error.filename} cannot be read: {error.strerror}"
+    if _verified.get(known, (None,))[0] != looks:
+        _verified[known] = looks, damaged_file(directory)
+    return _verified[known][1]
+
+
+def trust(directory: Path) -> None:
+    """This process has just written the checkpoint, and taken the checksums from its files."""
+    _verified[directory.absolute()] = _looks(directory), None
+
+
+def _looks(directory: Path) -> tuple:
+    """What changes when one of its files does."""
+    names = sorted([MARKER, *read_marker(directory)["files"]])
+    facts = [(directory / name).stat() for name in names]
+    pairs = zip(names, facts, strict=True)
+    return tuple((name, x.st_size, x.st_mtime_ns, x.st_ino) for name, x in pairs)
+
+
+_verified: dict[Path, tuple[tuple, str | None]] = {}
+"""What `flaw` has found in a directory whose files looked like that."""
+
+
+def _is_step(directory: Path) -> bool:
+    """Whether it is named as a run's checkpoints are; a copy may have any other name."""
+    return re.fullmatch(r"step-\d{8,}", directory.name) is not None
+
+
 def step_directories(run: Path) -> list[Path]:
     """What looks like a checkpoint of a run directory, complete or not, oldest first."""
-    found = [
-        path
-        for path in (run / "checkpoints").glob("step-*")
-        if re.fullmatch(r"step-\d{8,}", path.name)
-    ]
-    return sorted(found, key=step_of)
+    return sorted(filter(_is_step, (run / "checkpoints").glob("step-*")), key=step_of)
+
+
+def good_checkpoints(run: Path) -> Iterator[Path]:
+    """The checkpoints of a run without a `flaw`, newest first; each is read when its turn comes."""
+    return (path for path in reversed(step_directories(run)) if flaw(path) is None)
+
+
+def lost_checkpoints(run: Path) -> list[Path]:
+    """What lies among a run's checkpoints and was one, whatever it is called or lacks now.
+
+    What a job that was killed leaves behind begins with a dot, and is none.
+    """
+    try:
+        found = sorted((run / "checkpoints").iterdir())
+    except OSError:
+        return []
+    return [
+        path for path in found
+        if not path.name.startswith(".")
+        and (path.name.startswith("step-") or (path / MARKER).exists())
+    ]  # fmt: skip
 
 
 def step_of(checkpoint: Path) -> int:
@@ -76,6 +133,27 @@ def step_of(checkpoint: Path) -> int:
 def complete_checkpoints(run: Path) -> list[Path]:
     """All complete checkpoints of a run directory, oldest first."""
     return [path for path in step_directories(run) if is_complete(path)]
+
+
+def prune(run: Path, keep_last: int, keep_every: int | None, written: int) -> None:
+    """Deletes the complete checkpoints that are older than the ``keep_last`` newest good ones.
+
+    Damaged ones do not count: the last good one would go because of them.
+
+    Args:
+        run: the run directory.
+        keep_last: how many good ones to keep.
+        keep_every: also keep those whose step is a multiple of this.
+        written: the step that has just been written, which is kept whatever else is there.
+    """
+    kept = {step_of(path) for path in islice(good_checkpoints(run), keep_last)} | {written}
+    for path in complete_checkpoints(run):
+        step = step_of(path)
+        if step < min(kept) and not (keep_every and step % keep_every == 0):
+            # Renamed first: a half-deleted directory must not pass for a checkpoint.
+            doomed = path.with_name(f".{path.name}.old")
+            remove(doomed)
+            remove(path.rename(doomed))
 
 
 def checksum(path: Path) -> int:
@@ -116,16 +194,26 @@ def write_marker(directory: Path, step: int, files: dict[str, dict[str, int]]) -
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint at ``path``: itself, or the newest complete one of a run directory."""
+    """The checkpoint at ``path``: itself, or the newest good one of a run directory.
+
+    Newer ones that are damaged are left out, which is said: a run is resumed from the same.
+    """
     path = Path(path)
-    if is_complete(path):
-        return path
     if not path.is_dir():
         raise UserError(f"{path} does not exist: give a run directory or a checkpoint")
     if (path / MARKER).exists():
-        raise UserError(f"{path} is not usable: {problem(path)}")
-    if found := complete_checkpoints(path):
-        return found[-1]
+        if reason := flaw(path):
+            raise UserError(f"{path} is not usable: {reason}")
+        return path
+    reasons = []
+    for found in reversed(step_directories(path)):
+        if (reason := flaw(found)) is None:
+            for line in reasons:
+                say(line)
+            return found
+        reasons.append(f"skipped {found}: {reason}")
+    if reasons:
+        raise UserError(f"no checkpoint of {path} can be used ({'; '.join(reasons)})")
     raise UserError(f"{path} is no checkpoint, nor a run directory that holds a complete one")
 
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from bov_lightning.checkpoint.directory import (
-    MARKER,
     OPTIMIZER,
     WEIGHTS,
     damaged_file,
+    lost_checkpoints,
     problem,
     step_directories,
+    step_name,
 )
 from bov_lightning.checkpoint.reading import read_tensors, read_training_state, stored_tensors
 from bov_lightning.distributed.ranks import Ranks
@@ -77,12 +78,11 @@ def restore(
         and messages about what was taken and what was not.
 
     Raises:
-        UserError: there were complete checkpoints, but none can be used any more.
+        UserError: there were checkpoints, but none can be used any more.
     """
     found = ranks.on_first(lambda: [(path, problem(path)) for path in step_directories(run)])
-    messages, was_complete = [], False
+    messages = []
     for path, reason in reversed(found):
-        was_complete = was_complete or (path / MARKER).exists()
         if reason is None:
             try:
                 rest = _restore_from(path, model, optimizer, ranks, device)
@@ -92,10 +92,13 @@ def restore(
                 messages.append(f"resuming {run} from step {rest['global_step']} ({path})")
                 return path, rest, messages
         messages.append(f"skipped {path}: {reason}")
-    if was_complete:
+    lost = ranks.on_first(lambda: lost_checkpoints(run))
+    if lost:
+        # One that begins with step- was complete once: half written ones begin with a dot.
+        names = messages or [f"{path.name} is no name of one" for path in lost]
         raise UserError(
-            f"no checkpoint of {run} can be used ({'; '.join(messages)}): put one back, or start "
-            "afresh with --resume never"
+            f"no checkpoint of {run} can be used ({'; '.join(names)}): put one back, as "
+            f"checkpoints/{step_name(0).replace('0', 'N')}, or start afresh with --resume never"
         )
     return None, {}, messages
 

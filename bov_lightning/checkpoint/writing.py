@@ -30,11 +30,12 @@ from bov_lightning.checkpoint.directory import (
     file_facts,
     list_files,
     step_name,
+    trust,
     write_marker,
 )
 from bov_lightning.checkpoint.resuming import State
 from bov_lightning.distributed.ranks import Ranks
-from bov_lightning.errors import UserError
+from bov_lightning.errors import StorageError, UserError
 from bov_lightning.files import aside_of, file_error, put_in_place, remove, write_directory
 from bov_lightning.model.config import TransformerConfig
 
@@ -71,14 +72,17 @@ def write_checkpoint(
 class CheckpointWriter:
     """Writes checkpoints in the background, one at a time."""
 
-    def __init__(self, run: Path, config_yaml: str, ranks: Ranks):
+    def __init__(
+        self, run: Path, config_yaml: str, ranks: Ranks, check: Callable[[], None] = lambda: None
+    ):
         """
         Args:
             run: the run directory.
             config_yaml: the resolved recipe.
             ranks: their group is used by the writing thread alone.
+            check: called on rank 0 before anything is written; raises where it must not be.
         """
-        self.run, self.config_yaml, self.ranks = run, config_yaml, ranks
+        self.run, self.config_yaml, self.ranks, self.check = run, config_yaml, ranks, check
         # Kept buffers in pinned memory make copies from a GPU fast.
         self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
         self.complete: int | None = None
@@ -152,6 +156,7 @@ class CheckpointWriter:
             then()
 
     def _begin(self, target: Path, parts: dict[str, State], rest: dict) -> None:
+        self.check()
         aside = aside_of(target)
         remove(aside)
         aside.mkdir(parents=True)
@@ -159,7 +164,7 @@ class CheckpointWriter:
         n_byte = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         free = shutil.disk_usage(aside).free
         if free < n_byte:
-            raise UserError(
+            raise StorageError(
                 f"{target} cannot be written: it needs {n_byte / 1e6:,.1f} MB, and "
                 f"{free / 1e6:,.1f} MB are free"
             )
@@ -198,7 +203,8 @@ def _finish(target: Path, step: int, facts: list[dict[str, dict[str, int]]]) -> 
     files = {name: found for part in facts for name, found in part.items()}
     common = [name for name in list_files(aside) if name not in files]
     write_marker(aside, step, files | file_facts(aside, common))
-    put_in_place(target)
+    put_in_place(aside, target)
+    trust(target)
 
 
 def config_yaml(config: TransformerConfig) -> str:

@@ -7,7 +7,8 @@ import sys
 import traceback
 
 from bov_lightning.cli.commands import COMMANDS
-from bov_lightning.errors import UserError
+from bov_lightning.errors import StorageError, UserError
+from bov_lightning.files import OF_THE_DISK
 
 USAGE = """\
 usage: bov COMMAND ...
@@ -33,7 +34,8 @@ both. bov COMMAND --help says more.
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns the exit code.
 
-    0; 2 for the user's mistakes; 75 and 143 for a run that a signal stopped; 130 for Ctrl-C.
+    0; 2 for the user's mistakes; 74 for a disk that is full or fails; 75 and 143 for a run that a
+    signal stopped; 130 for Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -55,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(f"unknown command {arguments[0]!r}: {hint}")
         COMMANDS[arguments[0]](arguments[1:])
     except UserError as error:
-        return _fail(str(error))
+        return _fail(str(error), error.exit_code)
     except Preempted as preempted:
         return preempted.code
     except KeyboardInterrupt:
@@ -63,13 +65,15 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in (*OF_THE_DISK, errno.EACCES, errno.EROFS):
             raise
-        return _fail(f"{error.filename or 'the file system'}: {error.strerror}")
+        kind = StorageError if error.errno in OF_THE_DISK else UserError
+        message = f"{error.filename or 'the file system'}: {error.strerror}"
+        return _fail(message, kind.exit_code)
     except Exception as error:
         if not _is_recipes_fault(error):
             raise
-        return _fail(str(error))
+        return _fail(str(error), UserError.exit_code)
     return 0
 
 
@@ -85,9 +89,9 @@ def _is_recipes_fault(error: Exception) -> bool:
     return type(error) is RuntimeError and where.startswith("lightning.pytorch.callbacks.")
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int) -> int:
     print(f"bov: error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return code
 
 
 def entry_point() -> None:

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bov_lightning.errors import EvaluationInterruptedError, RankFailedError, UserError
+from bov_lightning.errors import (
+    EvaluationInterruptedError,
+    RankFailedError,
+    StorageError,
+    UserError,
+)
 
 PATIENCE = timedelta(hours=2)
 """One rank may still tokenise or write while the others wait."""
@@ -111,7 +116,8 @@ class Ranks:
         if issubclass(kind, EvaluationInterruptedError):
             raise EvaluationInterruptedError(message)
         if issubclass(kind, UserError):
-            raise UserError(f"rank {rank}: {message}")
+            kind = StorageError if issubclass(kind, StorageError) else UserError
+            raise kind(f"rank {rank}: {message}")
         raise RankFailedError(f"rank {rank}: {kind.__name__}: {message}")
 
     @property

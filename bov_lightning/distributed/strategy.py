@@ -4,6 +4,7 @@ Both strategies read and write checkpoints through `bov_lightning.checkpoint`, s
 change its strategy and the number of its devices.
 """
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Annotated, Any
 
@@ -41,6 +42,8 @@ class ControlGroup:
     lightning_restore_optimizer = False
     ranks = Ranks()
     """For the messages of the training loop."""
+    on_start: Callable[[Ranks], None] = staticmethod(lambda ranks: None)
+    """Called on every rank as soon as they can agree, before any data is prepared."""
 
     def setup_environment(self) -> None:
         """Starts the process groups."""
@@ -50,6 +53,7 @@ class ControlGroup:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         super().setup_environment()
         self.ranks = self.new_ranks()
+        self.on_start(self.ranks)
 
     def new_ranks(self) -> Ranks:
         """All ranks, with a group of their own for one thread's messages."""
@@ -58,13 +62,14 @@ class ControlGroup:
     def agree(self, loss: float) -> tuple[float, int]:
         """The mean loss of all ranks, and the exit code that a signal on any of them asks for.
 
-        Where ranks were told different things, SIGTERM counts: nobody requeues a cancelled job.
+        Where ranks were told different things, Ctrl-C counts, then SIGTERM: nobody requeues a job
+        that somebody has cancelled.
         """
         code = preemption.received()
-        told = [loss, float(code == preemption.REQUEUE), float(code == preemption.STOPPED)]
-        total, requeue, stopped = self.ranks.total(told)
-        code = preemption.STOPPED if stopped else preemption.REQUEUE if requeue else 0
-        return total / self.world_size, code
+        codes = (preemption.INTERRUPTED, preemption.STOPPED, preemption.REQUEUE)
+        total, *told = self.ranks.total([loss, *(float(code == known) for known in codes)])
+        agreed = (known for known, n_rank in zip(codes, told, strict=True) if n_rank)
+        return total / self.world_size, next(agreed, 0)
 
     def agree_on_signal(self) -> int:
         """The exit code alone."""

@@ -59,7 +59,7 @@ SCRIPT = """\
 run={run}
 export OMP_NUM_THREADS="${{SLURM_CPUS_PER_TASK:-1}}" OMP_WAIT_POLICY=passive
 {setup}
-newest() {{ ls -d "$run"/{progress} 2>/dev/null | sort | tail -n 1; }}
+newest() {{ ls -d "$run"/{progress} 2>/dev/null | grep -E '/step-[0-9]+/' | sort | tail -n 1; }}
 requeue() {{ echo "bov: $1: requeueing"; scontrol requeue "$SLURM_JOB_ID" && sleep 300; }}
 
 before=$(newest)
@@ -83,7 +83,7 @@ case $code in
     75|138)  # the time limit is near; 138: it was before the process could listen
         if [ "$stalled" -le 3 ]; then requeue "time limit"
         else echo "bov: $stalled attempts without a new checkpoint: --time is too short"; fi ;;
-    *)  # a crash, or a node that failed
+    *)  # a crash, a node that failed; 74: a disk that is full or fails
         if [ $progress = yes ]; then requeue "exit code $code after progress"
         else echo "bov: exit code $code without a new checkpoint: not requeued"; fi ;;
 esac

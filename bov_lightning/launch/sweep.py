@@ -66,7 +66,9 @@ def print_rows(rows: list[Row], console: Console) -> None:
     for row in rows:
         params = row.plan["params"]
         step = row.step()
-        state = "finished" if row.is_finished() else f"at step {step}" if step else "new"
+        state = f"at step {step}" if step else "new"
+        if row.is_finished():
+            state = "finished" if step == row.n_step else f"ended at step {step}"
         table.add_row(
             row.run.name, f"{row.n_step:,}", f"{row.plan['flops']:.4g}",
             f"{params['live']:,}", f"{params['tables']:,}", state,

@@ -94,8 +94,7 @@ def prepare_data(row: Row) -> None:
 def _start_next(waiting: list[Row], environment: dict[str, str]):
     """Starts the first waiting run that no other process trains; takes it off the list."""
     for row in list(waiting):
-        lock = _lock(row.run)
-        if lock is None:
+        if row.directory.trainer() is not None or (lock := _lock(row.run)) is None:
             continue
         waiting.remove(row)
         if row.is_finished():

@@ -63,6 +63,11 @@ class Row:
         """Steps that the newest complete checkpoint holds."""
         return max(map(step_of, self.directory.checkpoints()), default=0)
 
+    def last_step(self) -> int:
+        """With which the run ends, or has been ended before its budget was spent."""
+        ended = self.directory.ended()
+        return self.n_step if ended is None else ended.step
+
     def measured(self) -> "Measured":
         """What metrics.csv says."""
         try:
@@ -81,18 +86,23 @@ class Row:
         measured = self.measured()
         bpb = f"  val_bpb {measured.val_bpb:.4f}" if measured.validated_step else ""
         # Checkpoints may come more often than rows of metrics.
-        return f"step {max(measured.step, self.step())}/{self.n_step}{bpb}"
+        early = "" if self.last_step() == self.n_step else " (ended early)"
+        return f"step {max(measured.step, self.step())}/{self.n_step}{early}{bpb}"
 
     def is_finished(self) -> bool:
-        """Whether the last checkpoint is there, validated, and evaluated if the recipe asks so."""
-        if self.step() != self.n_step:
+        """Whether the last checkpoint is there, validated, and evaluated if the recipe asks so.
+
+        The last one is that of the budget's last step, or the one at which the run was ended.
+        """
+        last = self.last_step()
+        if self.step() != last:
             return False
-        if self.measured().validated_step != self.n_step:
+        if self.measured().validated_step != last:
             return False
         evaluation = self.given.recipe.evaluation
         if not (evaluation.tasks and evaluation.at_end):
             return True
-        return any(self.directory.evaluation(self.n_step).glob("results*.json"))
+        return any(self.directory.evaluation(last).glob("results*.json"))
 
     def check(self) -> None:
         """Refuses what `bov fit` would, before anything trains: a batch that does not divide, a

@@ -6,6 +6,16 @@ from typing import Any
 FIXED_BY_RUN = ("model.config", "model.optimizer", "batch.tokens", "seed", "data")
 """Keys and sections."""
 
+FREE = tuple(
+    f"data.init_args.{name}"
+    for name in (
+        "on_error", "n_worker", "directory", "num_workers", "prefetch_factor", "pin_memory",
+        "persistent_workers",
+    )
+)  # fmt: skip
+"""Keys of those that no row which a run has seen depends on: how it is read, what becomes of rows
+that cannot be read, and where prepared rows lie, which are compared by their content."""
+
 
 def plain(value: Any) -> Any:
     """A section as plain data; anything else as it is."""
@@ -24,6 +34,8 @@ def first_difference(old: Any, new: Any, key: str) -> tuple[str, Any, Any] | Non
 
     they came with a newer version.
     """
+    if key in FREE:
+        return None
     if isinstance(old, dict) and isinstance(new, dict):
         for name in old:
             if found := first_difference(old.get(name), new.get(name), f"{key}.{name}"):

@@ -102,10 +102,19 @@ class Run:
         """Bits per byte at the last step; NaN where there are none."""
         return float(self.metrics["val_bpb"][-1])
 
+    @cached_property
+    def ended(self) -> str | None:
+        """What ended it before the last step of its budget; None: nothing."""
+        found = RunDirectory(self.path).ended()
+        if found is None or found.step != self.step:
+            return None
+        by = printable(one_line(found.by))
+        return f"ended early by {by}: step {found.step:,} of {self.facts['iterations']:,}"
+
     @property
     def unfinished(self) -> str | None:
         """Why its last number is no result; None: it is one."""
-        if self.step < self.facts["iterations"]:
+        if self.ended is None and self.step < self.facts["iterations"]:
             measured = np.flatnonzero(np.isfinite(self.metrics["val_bpb"]))
             last = ""
             if len(measured):
@@ -221,7 +230,10 @@ def read_run(path: Path, name: str) -> Run:
     if not _is_count(batch):
         raise UserError(f"{CONFIG}: batch.tokens is {batch!r}, not a count")
     metrics, notes = read_metrics(run.metrics_file, batch)
-    return Run(path, name, settings, facts, metrics, notes)
+    found = Run(path, name, settings, facts, metrics, notes)
+    if found.ended:
+        notes.append(found.ended)
+    return found
 
 
 def _read_text(path: Path) -> str:

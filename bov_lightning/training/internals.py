@@ -8,7 +8,7 @@ import logging
 import warnings
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 
 from bov_lightning.upstream import require
@@ -65,6 +65,29 @@ def set_lengths(trainer: Trainer, n_micro: int, n_step: int, validate_every: int
     trainer.accumulate_grad_batches = n_micro
     loop.max_steps = n_step
     trainer.val_check_interval = validate_every * n_micro
+
+
+def stop_only_after(trainer: Trainer, step: int) -> None:
+    """Has whatever asks to stop (`trainer.should_stop`) wait until ``step`` steps are taken.
+
+    Lightning would leave a step between two micro-batches, whose data was then lost.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    require(loop, "min_steps")
+    require(trainer.fit_loop, "_can_stop_early")
+    loop.min_steps = step
+
+
+def end_here(trainer: Trainer) -> None:
+    """The step that has just been taken is the last one, for everybody who asks."""
+    loop = trainer.fit_loop.epoch_loop
+    require(loop, "max_steps")
+    loop.max_steps = trainer.global_step
+
+
+def call_last(trainer: Trainer, callbacks: list[Callback]) -> None:
+    """Puts callbacks behind those that Lightning has added, such as that of trainer.max_time."""
+    trainer.callbacks = [x for x in trainer.callbacks if x not in callbacks] + callbacks
 
 
 def validate_now(trainer: Trainer) -> None:

@@ -4,6 +4,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from bisect import bisect_left
@@ -189,7 +190,6 @@ def test_a_shard_deleted_while_training_names_the_shard(corpus):
         ({"sequence_len": 32}, "sequence_len 16, not 32"),
         ({"packing": CONCAT}, "packing"),
         ({"n_shard": 5}, "n_shard 4, not 5"),
-        ({"on_error": "skip"}, "on_error"),
     ],
 )
 def test_two_settings_do_not_mix_in_one_directory(corpus, synthetic, options, word):
@@ -241,12 +241,47 @@ def test_unreadable_rows_are_an_error_or_counted_in_the_manifest(tmp_path):
     source.patterns["val"] = [write_parquet(tmp_path / "v.parquet", numbered(0, 9))]
     with pytest.raises(UserError, match=r"x\.jsonl row 41: no JSON object"):
         make_corpus(tmp_path / "strict", source).prepare(processes=1)
+    followed = make_corpus(tmp_path / "strict", source, on_error="skip")
+    followed.prepare(processes=1)
     lenient = make_corpus(tmp_path / "lenient", source, on_error="skip")
     lenient.prepare(processes=1)
     shards = lenient.read_manifest()["shards"]["train"]
     assert sum(shard["skipped"] for shard in shards) == 1
     assert sum(shard["empty"] for shard in shards) == 1
     assert sum(shard["documents"] for shard in shards) == 99
+    assert followed.read_manifest()["shards"] == lenient.read_manifest()["shards"]
+
+
+@pytest.mark.slow
+def test_several_that_prepare_one_directory_all_end_well(tmp_path):
+    """Two fits at once, say, and a machine with its part; then one that is killed meanwhile."""
+    paths = [write_parquet(tmp_path / f"{n}.parquet", numbered(i, 300)) for i, n in enumerate("ab")]
+    source = TextFiles(paths[:1], paths[1:])
+    whole, shared = (make_corpus(tmp_path / name, source, n_shard=6) for name in ("a", "b"))
+    whole.prepare(processes=1)
+    spawn = multiprocessing.get_context("spawn")
+
+    def start(*arguments) -> multiprocessing.Process:
+        process = spawn.Process(target=shared.prepare, args=arguments)
+        process.start()
+        return process
+
+    for process in [start(1), start(1), start(2), start(1, (1, 2)), start(1, (0, 2))]:
+        process.join(120)
+        assert process.exitcode == 0
+    assert contents(shared) == contents(whole)
+
+    shutil.rmtree(shared.directory)
+    first, second = start(1), start(1)
+    while not list(shared.directory.glob(".part-0-of-1.*")):
+        time.sleep(0.001)
+    (claim,) = shared.directory.glob(".part-0-of-1.*")
+    owner = json.loads(claim.read_text())["pid"]
+    os.kill(owner, signal.SIGKILL)
+    for process in (first, second):
+        process.join(120)
+        assert process.exitcode == (-signal.SIGKILL if process.pid == owner else 0)
+    assert contents(shared) == contents(whole)
 
 
 @pytest.mark.slow

@@ -15,10 +15,10 @@ import yaml
 from forks import Bov
 from runs import wait_for
 
+from bov_lightning import claims
 from bov_lightning.checkpoint.directory import complete_checkpoints
 from bov_lightning.cli import main
 from bov_lightning.errors import UserError
-from evaluation import claims
 from evaluation.results import is_done, read_results, step_directory
 from evaluation.watch import Watcher, last_step
 
@@ -176,7 +176,7 @@ def test_claims_of_the_dead_are_taken_over_once(tmp_path):
         for path in tmp_path.iterdir():
             path.unlink()
         path = tmp_path / "step-1.0"
-        path.write_text(json.dumps(claims._identity() | changes))
+        path.write_text(json.dumps(claims.identity() | changes))
         return path
 
     dead = subprocess.Popen([sys.executable, "-c", ""])

@@ -1,6 +1,7 @@
 """`bov fit` end to end on a tiny recipe: run directory, resume, kill, validate, generate."""
 
 import json
+import os
 import shutil
 import signal
 from importlib import metadata
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 from forks import Bov
+from lightning.pytorch.loggers import TensorBoardLogger
 from processes import bov_on_ranks
 from runs import (
     assert_close_to,
@@ -26,7 +28,7 @@ from bov_lightning.checkpoint.directory import (
     complete_checkpoints,
 )
 from bov_lightning.cli import main
-from bov_lightning.run.directory import logger_run_id, move_aside
+from bov_lightning.run.directory import RunDirectory
 
 
 def test_run_directory_tells_everything(tiny_recipe, capsys):
@@ -172,17 +174,40 @@ def test_resume_never_moves_the_old_run_aside(tiny_recipe, tiny_run, capsys):
     assert "tiny.old-1" in capsys.readouterr().err
 
 
-def test_loggers_keep_their_run_through_requeues(tmp_path):
-    run = tmp_path / "tiny"
-    first = logger_run_id(run, afresh=False)
-    run.mkdir()
-    assert logger_run_id(run, afresh=False) == first
-    afresh = logger_run_id(run, afresh=True)
-    assert afresh != first
-    move_aside(run)
-    run.mkdir()
-    assert logger_run_id(run, afresh=False) == afresh
-    assert logger_run_id(tmp_path / "other", afresh=False) not in (first, afresh)
+def test_the_name_that_loggers_know_goes_where_the_run_goes(tiny_recipe, tiny_run, monkeypatch):
+    """The variable is what Weights & Biases reads when Lightning's logger first asks for it."""
+    seen = []
+
+    class Logger(TensorBoardLogger):
+        @property
+        def experiment(self):
+            seen.append(os.environ["WANDB_RUN_ID"])
+            return super().experiment
+
+    monkeypatch.setattr("lightning.pytorch.loggers.TensorBoardLogger", Logger)
+    settings = yaml.safe_load(tiny_recipe.read_text())
+    settings["trainer"]["logger"] = {
+        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+        "init_args": {"save_dir": "elsewhere"},
+    }
+    tiny_recipe.write_text(yaml.safe_dump(settings))
+
+    def name(*options: str) -> str:
+        del seen[:]
+        run = fit(tiny_recipe, *options)
+        (found,) = set(seen)
+        assert found == RunDirectory(run).logger_id() == (run / "logger-id").read_text().strip()
+        assert "WANDB_RUN_ID" not in os.environ
+        return found
+
+    first = name()
+    tiny_run.rename("runs/moved")
+    assert name("--run.name", "moved") == first
+    fresh = name("--model.budget.steps", "2")
+    afresh = name("--model.budget.steps", "2", "--resume", "never")
+    shutil.rmtree("runs/tiny")
+    again = name("--model.budget.steps", "2")
+    assert len({first, fresh, afresh, again}) == 4
 
 
 @pytest.mark.parametrize(

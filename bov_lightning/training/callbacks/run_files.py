@@ -1,6 +1,7 @@
 """Writes config.yaml, run.json and the tokenizer of a run."""
 
 import json
+import os
 import shutil
 import sys
 from importlib import metadata
@@ -28,6 +29,8 @@ class RunFiles(Callback):
             return
         self.run.path.mkdir(parents=True, exist_ok=True)
         self.run.config.write_text(self.config_yaml, encoding="utf-8")
+        if logger_id := os.environ.get("WANDB_RUN_ID"):
+            self.run.logger_id_file.write_text(f"{logger_id}\n", encoding="utf-8")
         for logger in trainer.loggers:  # those that a recipe adds to ours
             logger.log_hyperparams(yaml.safe_load(self.config_yaml))
         data = trainer.datamodule
