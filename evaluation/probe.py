@@ -26,10 +26,11 @@ N_TOKEN = 24
 """Tokens of the longer text, unless a window asks for more or the context for fewer."""
 MAX_N_TOKEN = 300
 """Windows that need more are not crossed; prefixes of one length are used beside any window."""
-SHORT = (2, 3, 1)
-"""The shorter text: tokens of its prefix, of what continues it, and of one further step."""
-LONG = (1, 1)
-"""What follows the prefix of the longer text; shorter than the other's, so that both are padded."""
+SHORT = 2
+"""Tokens of the shorter prefix."""
+CHOICES = (1, 3)
+"""Tokens that continue the longer and the shorter prefix: the other way round, so that each is
+padded once."""
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.15}
 """How far logits may be apart, relative to their own spread at a position, by dtype."""
 COARSE = 0.5
@@ -60,6 +61,7 @@ class Probe:
         wanted = max(N_TOKEN, (backend.smallest_window or 0) + 8)
         self.n_token = min(wanted, MAX_N_TOKEN, backend.max_length)
         self.ids = _texts(backend.vocab_size, tokenizer, start, self.n_token)
+        self.lengths = (self.n_token, min(SHORT + CHOICES[1], self.n_token))
         self.tolerance = _tolerance(backend)
         self._alone: dict[tuple[int, int], Tensor] = {}
 
@@ -87,7 +89,7 @@ class Probe:
 
     def _shares(self) -> bool:
         """Whether prefixes can be continued; of one length only, where others come out wrong."""
-        if self.n_token < sum(SHORT) + sum(LONG):
+        if self.n_token < SHORT + 2 * CHOICES[1]:
             return False
         if not self.backend.equal_prefixes:
             if self._agrees(lambda: self._continued(equal=False)):
@@ -122,46 +124,55 @@ class Probe:
             raise _FailedError(f"{type(error).__name__}: {detail}") from error
 
     def _reference(self, row: int, n: int) -> Tensor:
-        """Logits (n, V) of the first tokens of a text, by the model's plain call."""
-        if (row, n) not in self._alone:
+        """Logits (at least n, V) of the first tokens of a text, by the model's plain call.
+
+        What follows in the same text changes nothing, or the model is not causal, which the padded
+        pair tells.
+        """
+        known = next((m for r, m in self._alone if r == row and m >= n), None)
+        if known is None:
             ids = torch.from_numpy(self.ids[row][None, :n]).to(self.backend.device)
             self._alone[row, n] = self._together(lambda: self.backend.whole(ids))[0]
-        return self._alone[row, n]
+            known = n
+        return self._alone[row, known]
 
     # The ways of computing.
 
     def _padded(self) -> Iterable[tuple[Tensor, Tensor]]:
-        lengths = (self.n_token, max(1, min(sum(SHORT), self.n_token - 1)))
-        found = self._call([self.ids[i][:n] for i, n in enumerate(lengths)])
-        for i, (logits, n) in enumerate(zip(found, lengths, strict=True)):
-            yield logits, self._reference(i, n)[n // 2 :]
+        found = self._call([self.ids[i][:n] for i, n in enumerate(self.lengths)])
+        yield from self._compared(found, (0, 0), self.lengths)
 
     def _continued(self, equal: bool) -> Iterable[tuple[Tensor, Tensor]]:
-        """A kept prefix, continued in branches, and once more within a branch, as `generate` does.
+        """A kept prefix, continued by texts of two lengths in a branch, then token by token.
 
-        Slots of padding count too: none beyond the context is used.
+        The first is how choices are scored, the second how texts are generated. Slots of padding
+        count too: none beyond the context is used.
         """
-        first = self.n_token - max(SHORT[1:]) - 1
-        pieces = [(first, *LONG), (first if equal else SHORT[0], *SHORT[1:])]
-        parts = [np.split(self.ids[i][: sum(p)], np.cumsum(p)[:-1]) for i, p in enumerate(pieces)]
-        cache = self.backend.new_cache(2, self.n_token)
-        found = [self._call([parts[0][0], parts[1][0]], cache)]
-        branch = self.backend.branch(cache, [1, 0])
-        for step in (1, 2):
-            found.append(self._call([parts[1][step], parts[0][step]], branch)[::-1])
-        # A branch leaves what it was made of as it was.
-        again = self._call([parts[0][1]], self.backend.branch(cache, [0]))
-        found.append([*again, found[1][1]])
-        for i, p in enumerate(pieces):
-            alone = self._reference(i, sum(p))
-            for step, logits in zip((0, 1, 2, 1), found, strict=True):
-                end = sum(p[: step + 1])
-                yield logits[i], alone[end - len(logits[i]) : end]
+        first = self.n_token - CHOICES[1]
+        prefixes = (first, first if equal else SHORT)
+        cache = self._together(lambda: self.backend.new_cache(2, self.n_token))
+        found = self._call([self.ids[i][:n] for i, n in enumerate(prefixes)], cache)
+        yield from self._compared(found, (0, 0), prefixes)
+        branch = self._together(lambda: self.backend.branch(cache, [1, 0]))
+        ends = tuple(n + more for n, more in zip(prefixes, CHOICES, strict=True))
+        # In another order than the prefixes have.
+        found = self._call([self.ids[i][prefixes[i] : ends[i]] for i in (1, 0)], branch)
+        yield from self._compared(found[::-1], prefixes, ends)
+        for step in range(2):  # which a branch must have left as it was
+            starts = tuple(n + step for n in prefixes)
+            ends = tuple(n + 1 for n in starts)
+            found = self._call([self.ids[i][n : n + 1] for i, n in enumerate(starts)], cache)
+            yield from self._compared(found, starts, ends)
+
+    def _compared(self, found: list[Tensor], starts: tuple, ends: tuple) -> Iterable[tuple]:
+        for i, (logits, start, end) in enumerate(zip(found, starts, ends, strict=True)):
+            yield logits, self._reference(i, end)[start:end][-len(logits) :]
 
     def _agrees(self, compute) -> bool:
         """Whether some way of computing gives the logits of the plain call, on every rank."""
         try:
-            far = any(self._differ(found, alone) for found, alone in compute())
+            # All of them: every rank makes the same calls, whatever it finds.
+            far = any([self._differ(found, alone) for found, alone in compute()])
         except _FailedError:
             return False
         return not self.ranks.maximum([float(far)])[0]
@@ -177,8 +188,7 @@ class Probe:
 
     def _check_finite(self) -> None:
         try:
-            lengths = (self.n_token, max(1, min(sum(SHORT), self.n_token - 1)))
-            logits = [self._reference(i, n) for i, n in enumerate(lengths)]
+            logits = [self._reference(i, n) for i, n in enumerate(self.lengths)]
         except _FailedError as error:
             raise UserError(f"{self.backend.name} cannot be computed: {error}") from error
         bad = any(not bool(part.logsumexp(-1).isfinite().all()) for part in logits)
