@@ -118,9 +118,11 @@ def load_tasks(benchmarks: Benchmarks) -> dict[str, dict]:
             raise UserError(f"task {name} cannot be loaded: {detail}") from error
         loaded["tasks"].update(part["tasks"])
         loaded["groups"].update(part.get("groups", {}))
-    for task in loaded["tasks"].values():
+    for name, task in loaded["tasks"].items():
         if not isinstance(task, CoreTask):
             task.set_fewshot_seed(FEWSHOT_SEED)
+        if next(iter(task.eval_docs), None) is None:
+            raise UserError(f"task {name} has no rows, of which no mean can be taken")
     return loaded
 
 
