@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -24,7 +25,23 @@ def context_length(model: nn.Module) -> int:
     config = model.config.get_text_config(decoder=True)
     named = (getattr(config, name, None) for name in LENGTH_NAMES)
     said = next((n for n in named if type(n) is int and n > 0), None)
-    return min([said or DEFAULT_LENGTH, *_position_tables(model)])
+    limits = (*_position_tables(model), *_fixed_rotations(config.to_dict()))
+    return min([said or DEFAULT_LENGTH, *limits])
+
+
+def _fixed_rotations(config: dict[str, Any]) -> Iterator[int]:
+    """Tokens beyond which rotations depend on the longest text of a batch, for its short ones too.
+
+    ``longrope`` and ``dynamic`` change all frequencies where a text exceeds the original context.
+    """
+    outer = config.get("original_max_position_embeddings")
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = config.get(name) or {}
+        for one in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+            kind = one.get("rope_type", one.get("type"))
+            limit = one.get("original_max_position_embeddings") or outer
+            if kind in ("longrope", "dynamic") and type(limit) is int:
+                yield limit
 
 
 def _position_tables(model: nn.Module) -> Iterator[int]:

@@ -171,11 +171,11 @@ class Probe:
     def _agrees(self, compute) -> bool:
         """Whether some way of computing gives the logits of the plain call, on every rank."""
         try:
-            # All of them: every rank makes the same calls, whatever it finds.
-            far = any([self._differ(found, alone) for found, alone in compute()])
+            # To the end: every rank makes the same calls, whatever it finds.
+            differ = [self._differ(found, alone) for found, alone in compute()]
         except _FailedError:
             return False
-        return not self.ranks.maximum([float(far)])[0]
+        return not any(self.ranks.maximum([float(far) for far in differ]))
 
     def _differ(self, found_TV: Tensor, alone_TV: Tensor) -> bool:
         spread = (alone_TV - alone_TV.mean(-1, keepdim=True)).norm(dim=-1)

@@ -49,6 +49,7 @@ MODELS = {
     "parallel blocks": ("phi", {}),
     "experts": ("mixtral", {"num_local_experts": 4, "sliding_window": None}),
 }
+UNLIMITED = ("bloom", "mamba")
 REFUSED = {
     "a masked model": ("bert", {"is_decoder": False}),
     "both directions": ("xlnet", {}),
@@ -58,7 +59,8 @@ FAST = ("positions by slot", "a window by slot", "no cache")
 
 def tiny(kind: str, more: dict) -> torch.nn.Module:
     """A model with random weights, large enough that every mistake shows."""
-    known = set(AutoConfig.for_model(kind, **more).to_dict())
+    plain = AutoConfig.for_model(kind)
+    known = {*plain.to_dict(), *plain.attribute_map}
     config = AutoConfig.for_model(kind, **{k: v for k, v in SMALL.items() if k in known} | more)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).float().eval()
@@ -119,7 +121,21 @@ def check_exact(model, backend, tokenizer) -> BatchedLM:
 def test_models_of_every_make_are_scored_exactly(name, tokenizer):
     model = tiny(*MODELS[name])
     backend = HuggingFaceBackend(model)
-    assert backend.max_length == 96
+    assert backend.max_length == (2048 if MODELS[name][0] in UNLIMITED else 96)
+    check_exact(model, backend, tokenizer)
+
+
+def test_rotations_that_depend_on_the_longest_text_end_the_context(tokenizer):
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6,
+            "long_factor": [4.0] * 6, "original_max_position_embeddings": 56}  # fmt: skip
+    model = tiny("phi3", {"rope_parameters": rope, "original_max_position_embeddings": 56})
+    short = torch.randint(1, VOCAB_SIZE, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        beside_a_long_one = model(input_ids=short).logits[0, :20]
+        alone = model(input_ids=short[:1, :20]).logits[0]
+    assert (beside_a_long_one - alone).abs().max() > 0.1  # what padding to a long row would do
+    backend = HuggingFaceBackend(model)
+    assert backend.max_length == 56
     check_exact(model, backend, tokenizer)
 
 
@@ -155,8 +171,8 @@ def test_a_head_that_does_not_see_all_positions_is_left_alone(tokenizer):
 @pytest.mark.parametrize("kind", ["ours", "llama"])
 def test_weights_that_are_not_finite_are_named(kind, value, tokenizer):
     if kind == "ours":
-        model = perturb(make_model(ValueConfig("bank", "last_third", "learned"),
-                                   vocab_size=VOCAB_SIZE))  # fmt: skip
+        value_config = ValueConfig("bank", "last_third", "learned")
+        model = perturb(make_model(value_config, vocab_size=VOCAB_SIZE), smear=0.5)
         backend, weight = TransformerBackend(model), model.blocks[1].mlp.output.weight
     else:
         model = make_llama()
@@ -366,7 +382,7 @@ def test_every_end_token_of_a_model_ends_a_text(small_lm, tokenizer, tmp_path):
     expected = model.generate(ids)[0, ids.shape[1] :].tolist()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    read, backend, own = load_model(str(tmp_path), "cpu", torch.float32)
+    _, backend, own = load_model(str(tmp_path), "cpu", torch.float32)
     with torch.no_grad():
         (text,) = BatchedLM(backend, own).generate_until(requests("generate_until", [prompt]))
     assert expected[-1] == end
