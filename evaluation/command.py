@@ -15,10 +15,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from bov_lightning.checkpoint.directory import CONFIG, find_checkpoint, is_complete
+from bov_lightning.checkpoint.reading import key_problem
 from bov_lightning.console import CONSOLE
 from bov_lightning.distributed.ranks import Ranks
 from bov_lightning.errors import EvaluationInterruptedError, UserError
-from bov_lightning.inference.loading import check_device, load
+from bov_lightning.inference.loading import check_device, end_tokens, load
 from bov_lightning.recipe.data_module import build_data
 from bov_lightning.recipe.given import read_stored
 from bov_lightning.run.directory import EVAL
@@ -36,8 +37,8 @@ def load_model(path: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, B
     """Model, backend and tokenizer of whatever lies at ``path``.
 
     Raises:
-        UserError: nothing there, unreadable, or without a tokenizer; also when a checkpoint is
-            removed while it is read.
+        UserError: nothing there, unreadable, weights that are missing or unknown, or no tokenizer;
+            also when a checkpoint is removed while it is read.
     """
     config = Path(path) / "config.json"
     try:
@@ -52,7 +53,8 @@ def load_model(path: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, B
             model, tokenizer = load(path, device=device, dtype=dtype)
         except FileNotFoundError as error:
             raise UserError(f"{path} was removed while it was read: {error}") from error
-        backend = TransformerBackend(model)
+        if tokenizer is not None:
+            backend = TransformerBackend(model, end_tokens=end_tokens(path, tokenizer))
     if tokenizer is None:
         raise UserError(f"{path} has no tokenizer, which benchmarks need: put one into it")
     return model, backend, tokenizer
@@ -63,13 +65,23 @@ def _load_hugging_face(path: str, device: str, dtype: torch.dtype) -> tuple[nn.M
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    # What it warns of in a table of many lines is an error of one line here.
+    logging.set_verbosity_error()
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, local_files_only=True, trust_remote_code=False,
+            output_loading_info=True,
+        )  # fmt: skip
     except Exception as error:  # many kinds, from many formats
         detail = " ".join(str(error).split())[:300]
         raise UserError(f"{path} cannot be loaded as a causal language model: {detail}") from error
+    # Missing weights have been filled at random, which is said nowhere but here.
+    if problem := key_problem(loading["missing_keys"], loading["unexpected_keys"]):
+        raise UserError(f"the weights in {path} are not those of its config.json: {problem}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:
         detail = " ".join(str(error).split())[:300]
         raise UserError(f"{path} has no usable tokenizer: {detail}") from error

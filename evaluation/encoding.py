@@ -48,10 +48,16 @@ class Counts:
     """Prompts longer than the context, by task: their first tokens were left out."""
     unscored: dict[str, int] = field(default_factory=dict)
     """Rows that a time limit left out, by task."""
+    limited: dict[str, int] = field(default_factory=dict)
+    """Answers that the end of the context cut off, by task."""
 
     def add_cropped(self, task: str) -> None:
         """Counts one prompt."""
         self.cropped[task] = self.cropped.get(task, 0) + 1
+
+    def add_limited(self, task: str) -> None:
+        """Counts one answer."""
+        self.limited[task] = self.limited.get(task, 0) + 1
 
 
 def document_start(tokenizer: Any) -> int:
@@ -149,20 +155,27 @@ class Encoder:
         if prompts.kind == "language_modeling":
             return [Row(ids[1], _common_start(ids))]
         if prompts.kind == "schema":
-            scored = _common_start([i[::-1] for i in ids])
+            scored = max(1, _common_start([i[::-1] for i in ids]))
             return [Row(i, max(1, len(i) - scored)) for i in ids]
-        start = _common_start(ids)
+        # A choice that others begin with, or equal, still has its last token scored.
+        start = max(1, min(_common_start(ids), *(len(i) - 1 for i in ids)))
         return [Row(i, start) for i in ids]
 
     def pair(self, context: str, continuation: str) -> Row:
         """The row of a plain lm-eval request; spaces at the context's end belong to what follows.
 
-        As lm-eval's own models cut it, with BOS in front.
+        As lm-eval's own models cut it, with BOS in front. Where that leaves nothing, because the
+        continuation has merged with the context's last token, all from the first token that
+        differs is scored. A continuation that adds nothing to the tokens gives an empty row.
         """
         n_space = len(context) - len(context.rstrip())
         if n_space:
             context, continuation = context[:-n_space], context[-n_space:] + continuation
-        return Row(self._whole(context + continuation), 1 + len(self.encode(context)))
+        before, whole = self._whole(context), self._whole(context + continuation)
+        start = len(before)
+        if start >= len(whole) and not np.array_equal(before, whole):
+            start = max(1, min(_common_start([before, whole]), len(whole) - 1))
+        return Row(whole, start)
 
     def n_byte(self, row: Row) -> int:
         """UTF-8 bytes of the text that the scored tokens decode to."""

@@ -5,12 +5,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from lm_eval.api.instance import Instance
 from torch import Tensor
 
 from bov_lightning.distributed.ranks import Ranks
-from bov_lightning.errors import EvaluationInterruptedError
+from bov_lightning.errors import EvaluationInterruptedError, UserError
 from evaluation.backends import Backend
 from evaluation.encoding import Counts, Encoder
+from evaluation.probe import Probe
 
 DEFAULT_BUDGETS = {"cpu": 2048, "cuda": 8192}
 """Tokens per forward pass: what stays in a CPU's cache, what keeps a GPU busy."""
@@ -38,6 +40,30 @@ class Engine:
         self.should_stop, self.progress = should_stop, progress
         self.ranks = ranks or Ranks.of_job()
         self.encoder, self.counts = Encoder(tokenizer), Counts()
+        self._probed = False
+        self.notes: list[str] = []
+        """What the report says about how the model had to be computed."""
+
+    def prepare(self) -> None:
+        """Finds out once, before anything is scored, whether and how the model can be.
+
+        Every rank must call it, at the same point.
+
+        Raises:
+            UserError: the model cannot be scored.
+        """
+        if not self._probed:
+            start = int(self.encoder.bos[0])
+            self.notes += Probe(self.backend, self.tokenizer, start, self.ranks)()
+            self._probed = True
+
+    def check_vocabulary(self, ids: np.ndarray, where: str) -> None:
+        """Token ids that the model has no row for are a `UserError`."""
+        if (largest := int(ids.max())) >= self.backend.vocab_size:
+            raise UserError(
+                f"{where}: token id {largest} is outside of the vocabulary of "
+                f"{self.backend.vocab_size}: the tokenizer is not this model's"
+            )
 
     def tensor(self, array: np.ndarray) -> Tensor:
         """The array on the model's device."""
@@ -79,3 +105,9 @@ class Engine:
         if stopped:
             raise EvaluationInterruptedError(where())
         return bool(going)
+
+
+def origin(request: Instance) -> str:
+    """Where a request comes from, for messages."""
+    number = "" if request.doc_id is None else f", row {request.doc_id}"
+    return f"task {request.task_name}{number}"

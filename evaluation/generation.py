@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from lm_eval.api.instance import Instance
 
-from bov_lightning.inference.sampling import Sampling, choose
-from evaluation.engine import Engine
+from bov_lightning.errors import UserError
+from bov_lightning.inference.sampling import Sampling, choose, has_choice
+from evaluation.engine import Engine, origin
 
 DEFAULT_NEW_TOKENS = 256
 SEED = 1234
@@ -19,25 +20,35 @@ class Continuation:
 
     def __init__(self, engine: Engine, request: Instance):
         context, options = request.args[0], dict(request.args[1] or {})
+        self.engine, self.request = engine, request
         until = options.pop("until", None) or []
-        self.until = [until] if isinstance(until, str) else list(until)
-        limit = options.pop("max_gen_toks", options.pop("max_new_tokens", DEFAULT_NEW_TOKENS))
+        # An empty string is in every text.
+        self.until = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+        limit = int(options.pop("max_gen_toks", options.pop("max_new_tokens", DEFAULT_NEW_TOKENS)))
+        if limit < 1:
+            raise UserError(f"{origin(request)}: max_gen_toks is {limit}: at least 1")
         ids = np.concatenate([engine.encoder.bos, engine.encoder.encode(context)])
-        room = max(1, engine.backend.max_length - int(limit))
-        if len(ids) > room:
+        max_length = engine.backend.max_length
+        if len(ids) > max_length:
+            # The prompt alone is too long: its end stays, with room for an answer behind it.
             engine.counts.add_cropped(request.task_name)
-        self.ids = ids[-room:]
-        self.limit = min(int(limit), engine.backend.max_length - len(self.ids) + 1)
+            ids = ids[-max(1, max_length - min(limit, max_length // 2)) :]
+        engine.check_vocabulary(ids, origin(request))
+        self.ids = ids
+        # The last token is not fed.
+        self.limit = min(limit, max_length - len(self.ids) + 1)
+        self.is_limited = self.limit < limit
         sampled = options.get("do_sample", False)
         top_p = float(options.get("top_p") or 1)
         self.sampling = Sampling(
-            max_new_tokens=max(1, self.limit),
+            max_new_tokens=self.limit,
             temperature=float(options.get("temperature", 1)) if sampled else 0.0,
             top_k=int(options["top_k"]) if options.get("top_k") else None,
             top_p=top_p if top_p < 1 else None,
         )
         self.tokenizer = engine.tokenizer
         self.end = {engine.tokenizer.eos_token_id, int(engine.encoder.bos[0])}
+        self.end |= engine.backend.end_tokens
         self.generated: list[int] = []
         self.finished = False
 
@@ -47,14 +58,20 @@ class Continuation:
             self.finished = True
             return
         self.generated.append(token)
-        text = self.tokenizer.decode(self.generated)
+        text = self._decode()
         stopped = any(stop in text for stop in self.until)
-        self.finished = stopped or len(self.generated) >= self.limit
+        full = len(self.generated) >= self.limit
+        if full and not stopped and self.is_limited:
+            self.engine.counts.add_limited(self.request.task_name)
+        self.finished = stopped or full
+
+    def _decode(self) -> str:
+        return self.tokenizer.decode(self.generated, skip_special_tokens=True)
 
     @property
     def text(self) -> str:
         """What was generated, up to the first stop sequence."""
-        text = self.tokenizer.decode(self.generated)
+        text = self._decode()
         ends = [text.index(stop) for stop in self.until if stop in text]
         return text[: min(ends)] if ends else text
 
@@ -112,12 +129,21 @@ def _step(
         padded[i, : len(ids)] = ids
     positions = engine.tensor(np.array(lengths)[:, None] - 1)
     logits = engine.backend(engine.tensor(padded), lengths, positions, cache)[:, 0]
+    chosen = has_choice(logits)
     following = []
     for i, text in enumerate(batch):
         token = int(engine.encoder.bos[0])  # a finished row is fed anything
         if not text.finished:
+            if not chosen[i]:
+                raise UserError(
+                    f"{origin(text.request)}: the logits of the model are not finite, so that no "
+                    "token can be chosen"
+                )
             token = choose(logits[i].cpu(), text.sampling, generator)
             text.add(token)
         grown = np.array([token], dtype=np.int32)
-        following.append(grown if cache is not None else np.concatenate([new[i], grown]))
+        if cache is not None:
+            following.append(grown)
+        else:  # a finished row must not outgrow the context
+            following.append(new[i] if text.finished else np.concatenate([new[i], grown]))
     new[:] = following

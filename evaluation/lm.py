@@ -24,9 +24,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from bov_lightning.distributed.ranks import Ranks
+from bov_lightning.errors import UserError
 from evaluation.backends import Backend
 from evaluation.encoding import Row, crop
-from evaluation.engine import Engine
+from evaluation.engine import Engine, origin
 from evaluation.generation import generate
 from evaluation.scorer import PromptInstance, Score
 
@@ -45,6 +46,8 @@ class Sequence:
     row: Row
     requests: list[int]
     """Who asked for it."""
+    origin: str = ""
+    """Task and row, for messages."""
     logprob: float = 0.0
     is_greedy: bool = True
 
@@ -116,7 +119,7 @@ class BatchedLM(LM):
         self.backend, self.tokenizer, self.ranks = backend, tokenizer, self.engine.ranks
         self.budget, self.encoder = self.engine.budget, self.engine.encoder
         self.counts = self.engine.counts
-        self.share_prefix = share_prefix and backend.shares_prefix
+        self._may_share = share_prefix
         self.time_limit = time_limit
         self.unscored: set[tuple[str, int]] = set()
         """(task, document) that a time limit left out."""
@@ -124,6 +127,11 @@ class BatchedLM(LM):
         """Time per task, the longest of all ranks."""
         self._device = backend.device
         self._finished = self._total = 0
+
+    @property
+    def share_prefix(self) -> bool:
+        """Whether common prefixes are computed once."""
+        return self._may_share and self.backend.shares_prefix
 
     # What lm-eval asks for beside the three kinds of requests.
 
@@ -166,6 +174,9 @@ class BatchedLM(LM):
             windows.update({d: self._windows(d, requests[d]) for d in own})
             return [g for d in own for g in windows[d]]
 
+        for task in {r.task_name: None for r in requests}:
+            if not any(r.args[0] for r in requests if r.task_name == task):
+                raise UserError(f"task {task}: all of its texts are empty: nothing to score")
         keys = [(r.task_name, i if r.doc_id is None else r.doc_id) for i, r in enumerate(requests)]
         sizes = [len(r.args[0]) for r in requests]
         self._score(keys, sizes, encode, len(requests))
@@ -181,31 +192,56 @@ class BatchedLM(LM):
         for window in get_rolling_token_windows(ids, bos, self.backend.max_length, 1):
             context, scored = make_disjoint_window(window)
             row = Row(np.array([*context, *scored], dtype=np.int32), len(context))
-            groups.append(Group(request.task_name, [Sequence(row, [index])], len(row.ids) - 1))
+            self._check(row, origin(request))
+            sequence = Sequence(row, [index], origin(request))
+            groups.append(Group(request.task_name, [sequence], len(row.ids) - 1))
         return groups
 
     # Groups.
 
     def _groups(self, indices: list[int], requests: list[Instance]) -> list[Group]:
         first = requests[indices[0]]
-        if isinstance(first, PromptInstance):
+        exact, where = isinstance(first, PromptInstance), origin(first)
+        if exact:
             encoded = self.encoder.rows(first.prompts)
             rows = [encoded[requests[i].idx] for i in indices]
         else:
             rows = [self.encoder.pair(*requests[i].args) for i in indices]
+        # The last token is not fed: lm-eval crops to what is, the reference of CORE to all.
+        room = self.backend.max_length + (0 if exact else 1)
         sequences: dict[bytes, Sequence] = {}
         for i, row in zip(indices, rows, strict=True):
-            cropped = crop(row, self.backend.max_length)
+            self._check(row, where)
+            cropped = crop(row, room)
             if cropped is not row:
+                self._check(cropped, where, whole=row if not exact else None)
                 self.counts.add_cropped(first.task_name)
             # Equal choices are scored once, so that they tie exactly.
             key = cropped.ids.tobytes() + cropped.start.to_bytes(4, "little")
-            sequences.setdefault(key, Sequence(cropped, [])).requests.append(i)
+            sequences.setdefault(key, Sequence(cropped, [], where)).requests.append(i)
         distinct = list(sequences.values())
-        exact, shared = isinstance(first, PromptInstance), self._shared(distinct)
+        shared = self._shared(distinct)
         if shared:
             return [Group(first.task_name, distinct, shared, exact)]
         return [Group(first.task_name, [s], len(s.row.ids) - 1, exact) for s in distinct]
+
+    def _check(self, row: Row, where: str, whole: Row | None = None) -> None:
+        """Refuses a row that has nothing to score, or less of it than `whole`, or foreign tokens.
+
+        An empty sum would be the best score there is.
+        """
+        n_token = len(row.ids) - row.start
+        if n_token < 1:
+            why = "its text adds no token to what stands before it"
+            if self.backend.max_length < 2:
+                why = f"the model sees {self.backend.max_length} token only"
+            raise UserError(f"{where}: there is nothing to score, since {why}")
+        if whole is not None and n_token < len(whole.ids) - whole.start:
+            raise UserError(
+                f"{where}: its continuation has {len(whole.ids) - whole.start} tokens, which a "
+                f"context of {self.backend.max_length} cannot hold: leave the task out"
+            )
+        self.engine.check_vocabulary(row.ids, where)
 
     def _shared(self, sequences: list[Sequence]) -> int:
         """Tokens that all rows begin with and are fed; 0 where nothing is shared."""
@@ -224,8 +260,7 @@ class BatchedLM(LM):
         """Batches within the budget, longest first, so that memory runs out at once or never."""
         batches: list[Batch] = []
         for continued in (False, True):
-            # An empty text has nothing to feed and nothing to score.
-            members = [g for g in groups if g.shared and bool(g.continued) == continued]
+            members = [g for g in groups if bool(g.continued) == continued]
             members.sort(key=lambda g: -g.shared)
             batch: list[Group] = []
             for group in members:
@@ -335,6 +370,7 @@ class BatchedLM(LM):
             encode: makes the groups of some documents.
             n: requests.
         """
+        self.engine.prepare()
         tasks = list(dict.fromkeys(task for task, _ in keys))
         waves: dict[int, list[int]] = {}
         for d, (_, number) in enumerate(keys):
@@ -357,7 +393,7 @@ class BatchedLM(LM):
         everything: dict[int, tuple] = {}
         for part in self.ranks.gather(answers):
             everything.update(part)
-        self._pool_counts(tasks)
+        self._account_for_all(tasks)
         return [everything.get(i, (-float("inf"), False)) for i in range(n)]
 
     def _answers(self, groups: list[Group]) -> dict[int, tuple]:
@@ -371,11 +407,7 @@ class BatchedLM(LM):
                 answers.update(dict.fromkeys(s.requests, score))
         return answers
 
-    def _pool_counts(self, tasks: list[str]) -> None:
-        counts = [0] * len(tasks)
-        for part in self.ranks.gather([self.counts.cropped.get(t, 0) for t in tasks]):
-            counts = [a + b for a, b in zip(counts, part, strict=True)]
-        self.counts.cropped.update({t: n for t, n in zip(tasks, counts, strict=True) if n})
+    def _account_for_all(self, tasks: list[str]) -> None:
         spent = self.ranks.maximum([self.seconds.get(task, 0.0) for task in tasks])
         self.seconds.update(zip(tasks, spent, strict=True))
         for task, _ in self.unscored:
@@ -398,6 +430,7 @@ class BatchedLM(LM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Text up to a stop sequence, greedy unless the task asks for sampling."""
+        self.engine.prepare()
         return generate(self.engine, requests)
 
 
@@ -429,6 +462,11 @@ class _Picks:
         at = 0
         for _, sequence, begin, end, _ in self.entries:
             part = slice(at, at := at + end - begin)
+            if not np.isfinite(nats[part]).all():
+                raise UserError(
+                    f"{sequence.origin}: a log-probability is {nats[part].min()}, so that the row "
+                    "has no score: the logits of the model are not finite"
+                )
             sequence.logprob += float(nats[part].sum())
             sequence.is_greedy &= bool(hits[part].all())
 

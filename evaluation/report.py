@@ -19,6 +19,11 @@ PROTOCOLS = {
     "core_dclm_v1": "per token, v1 baselines",
     "core_dclm_v2": "per token, baselines corrected in 2025",
 }
+Line = tuple[list[str], str]
+"""Cells and a remark."""
+HEAD = ["task", "shots", "rows", "accuracy", "stderr", "chance", "centred"]
+WIDTHS = (33, 5, 6, 9, 7, 7, 8)
+DIFFERENCE_WIDTHS = (33, 7, 11)
 NOISE = (
     "CORE differs between runs of one recipe by more than the paper's gain: a difference within "
     "one pair of runs is about these two runs, not about their recipes"
@@ -93,40 +98,62 @@ def group_interval(results: dict[str, Any], group: str) -> Interval | None:
 def table(results: dict[str, Any]) -> str:
     """What `bov evaluate` prints."""
     groups = results.get("groups", {})
-    lines = [f"{'task':<34}{'shots':>5}{'rows':>7}{'accuracy':>10}{'stderr':>8}{'chance':>8}"
-             f"{'centred':>9}"]  # fmt: skip
+    rows: list[Line] = [(HEAD, "")]
     for name, values in results["results"].items():
         # lm-eval lists groups among the tasks, those that have no mean too.
         if name in groups or results.get("group_subtasks", {}).get(name):
             continue
-        lines += _task_lines(name, values, results)
+        rows += _task_rows(name, values, results)
+    lines, first = columns(rows)
     for group in groups:
         interval = group_interval(results, group)
         if interval is None:
             lines.append(f"{group}: not all of its tasks have rows, so it has no mean")
             continue
         about = PROTOCOLS.get(group)
-        lines.append(f"{group:<34}{interval}" + (f"  ({about})" if about else ""))
+        lines.append(f"{group:<{first}} {interval}" + (f"  ({about})" if about else ""))
     return "\n".join([*lines, *notes(results)])
 
 
-def _task_lines(name: str, values: dict[str, Any], results: dict[str, Any]) -> list[str]:
+def columns(rows: list[Line], widths: tuple[int, ...] = WIDTHS) -> tuple[list[str], int]:
+    """Lines of text: the first column to the left, others to the right, a space between any two.
+
+    Args:
+        rows: the cells of each line, and a remark at its end.
+        widths: of the columns; a cell that is wider widens its column.
+
+    Returns:
+        The lines, and the width of the first column.
+    """
+    widest = [
+        max(width, *(len(cells[i]) for cells, _ in rows if i < len(cells)), 0)
+        for i, width in enumerate(widths)
+    ]
+    lines = []
+    for (first, *others), remark in rows:
+        line = f"{first:<{widest[0]}}"
+        line += "".join(f" {cell:>{w}}" for cell, w in zip(others, widest[1:], strict=False))
+        lines.append(f"{line}  {remark}" if remark else line)
+    return lines, widest[0]
+
+
+def _task_rows(name: str, values: dict[str, Any], results: dict[str, Any]) -> list[Line]:
     shots, n_row = results["n-shot"].get(name, 0), values.get("sample_len", 0)
     shots = results["evaluation"]["fewer_shots"].get(name, shots)
-    head = f"{name:<34}{shots if shots is not None else '-':>5}{n_row:>7}"
+    head = [name, "-" if shots is None else str(shots), str(n_row)]
     baseline = (results["configs"].get(name, {}).get("metadata") or {}).get("baseline")
     if baseline is not None and "acc,none" in values:
-        return [
-            f"{head}{values['acc,none']:>10.4f}{_number(values.get('acc_stderr,none')):>8}"
-            f"{baseline['v1']:>8.3f}{values['centered,none']:>9.4f}"
-        ]
-    lines = []
+        stderr = _number(values.get("acc_stderr,none"))
+        centred = f"{values['centered,none']:.4f}"
+        cells = [f"{values['acc,none']:.4f}", stderr, f"{baseline['v1']:.3f}", centred]
+        return [([*head, *cells], "")]
+    rows = []
     for key in (k for k in values if "," in k and "_stderr" not in k):
         metric, _, kind = key.partition(",")
         label = metric if kind == "none" else f"{metric} ({kind})"
         stderr = _number(values.get(f"{metric}_stderr,{kind}"))
-        lines.append(f"{head}{_number(values[key]):>10}{stderr:>8}  {label}")
-    return lines or [f"{head}  no rows"]
+        rows.append(([*head, _number(values[key]), stderr], label))
+    return rows or [(head, "no rows")]
 
 
 def _number(value: Any) -> str:
@@ -142,6 +169,13 @@ def notes(results: dict[str, Any]) -> list[str]:
             f"note: {sum(cropped.values())} prompts exceed the context of {extra['max_length']} "
             f"tokens; their first tokens were left out ({each})"
         )
+    if cut := extra.get("cut_answers"):
+        each = ", ".join(f"{task} {n}" for task, n in cut.items())
+        lines.append(
+            f"note: {sum(cut.values())} answers ended where the context of {extra['max_length']} "
+            f"tokens does, before the length that the task allows ({each})"
+        )
+    lines += [f"note: {note}" for note in extra.get("notes", ())]
     if late := extra["rows_left_out"]:
         each = ", ".join(f"{task} {n}" for task, n in late.items())
         lines.append(f"note: the time limit left rows out ({each})")
@@ -166,19 +200,18 @@ def group_pairs(ours: dict[str, Any], theirs: dict[str, Any], group: str) -> lis
 
 def compare(ours: dict[str, Any], theirs: dict[str, Any], names: tuple[str, str]) -> str:
     """The paired differences, first minus second, with bootstrap intervals over common rows."""
-    lines = [f"{names[0]} minus {names[1]}, paired by row",
-             f"{'':<34}{'rows':>7}{'difference':>12}  95% interval        P(> 0)"]  # fmt: skip
+    rows: list[Line] = [(["", "rows", "difference"], "95% interval        P(> 0)")]
     for task, values in ours["results"].items():
         if task in ours.get("groups", {}):
             continue
         metric = next((k.partition(",")[0] for k in values if "," in k), None)
-        if metric is None or not len(rows := paired_rows(ours, theirs, task, metric)):
+        if metric is None or not len(pairs := paired_rows(ours, theirs, task, metric)):
             continue
-        lines.append(_difference(task, len(rows), bootstrap([rows])))
+        rows.append(_difference(task, len(pairs), bootstrap([pairs])))
     for group in ours.get("groups", {}):
-        rows = group_pairs(ours, theirs, group)
-        if rows:
-            lines.append(_difference(group, sum(map(len, rows)), bootstrap(rows)))
+        if pairs := group_pairs(ours, theirs, group):
+            rows.append(_difference(group, sum(map(len, pairs)), bootstrap(pairs)))
+    lines = [f"{names[0]} minus {names[1]}, paired by row", *columns(rows, DIFFERENCE_WIDTHS)[0]]
     if any(group in PROTOCOLS for group in ours.get("groups", {})):
         lines.append(f"note: {NOISE}")
     return "\n".join(lines)
@@ -193,6 +226,7 @@ def headline(results: dict[str, Any]) -> str:
     return "  ".join(f"{name.removeprefix('eval/')} {found[name]:.4f}" for name in names)
 
 
-def _difference(name: str, n_row: int, interval: Interval) -> str:
+def _difference(name: str, n_row: int, interval: Interval) -> Line:
     span = f"[{interval.low:+.4f}, {interval.high:+.4f}]"
-    return f"{name:<34}{n_row:>7}{interval.value:>+12.4f}  {span}  {interval.p_positive:.3f}"
+    cells = [name, str(n_row), f"{interval.value:+.4f}"]
+    return cells, f"{span}  {interval.p_positive:.3f}"

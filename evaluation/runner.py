@@ -6,6 +6,7 @@ import io
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -117,9 +118,11 @@ def load_tasks(benchmarks: Benchmarks) -> dict[str, dict]:
             raise UserError(f"task {name} cannot be loaded: {detail}") from error
         loaded["tasks"].update(part["tasks"])
         loaded["groups"].update(part.get("groups", {}))
-    for task in loaded["tasks"].values():
+    for name, task in loaded["tasks"].items():
         if not isinstance(task, CoreTask):
             task.set_fewshot_seed(FEWSHOT_SEED)
+        if next(iter(task.eval_docs), None) is None:
+            raise UserError(f"task {name} has no rows, of which no mean can be taken")
     return loaded
 
 
@@ -185,7 +188,8 @@ def run(
 
     Returns:
         What lm-eval's `evaluate` returns, with ``samples``, and under ``evaluation``: settings,
-        seconds and rows per task, prompts that were cropped, rows that a time limit left out.
+        seconds and rows per task, prompts that were cropped, answers that the context cut off,
+        rows that a time limit left out, and how the model had to be computed.
 
     Raises:
         UserError: unknown tasks or unusable data.
@@ -205,6 +209,7 @@ def run(
         loaded = runtime.ranks.together(lambda: tasks or load_tasks(benchmarks))
         for name, task in loaded["tasks"].items():
             _leave_out_unscored(name, task, lm)
+        lm.engine.prepare()
         results = evaluate(
             lm, loaded, limit=benchmarks.max_per_task, bootstrap_iters=BOOTSTRAP, log_samples=True
         )
@@ -215,7 +220,8 @@ def run(
     results["evaluation"] = {
         "settings": benchmarks.settings,
         "seconds": {task: round(spent, 3) for task, spent in lm.seconds.items()},
-        "cropped_prompts": lm.counts.cropped,
+        "cropped_prompts": _total(runtime.ranks, lm.counts.cropped),
+        "cut_answers": _total(runtime.ranks, lm.counts.limited),
         "rows_left_out": lm.counts.unscored,
         "fewer_shots": {
             name: task.n_shot
@@ -223,8 +229,17 @@ def run(
             if isinstance(task, CoreTask) and task.n_shot < task.config.num_fewshot
         },
         "max_length": backend.max_length,
+        "notes": lm.engine.notes,
     }
     return results
+
+
+def _total(ranks: Ranks, counts: dict[str, int]) -> dict[str, int]:
+    """Counts of all ranks, by task."""
+    total: Counter[str] = Counter()
+    for part in ranks.gather(counts):
+        total.update(part)
+    return dict(total)
 
 
 @contextlib.contextmanager

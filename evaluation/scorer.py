@@ -96,6 +96,8 @@ class CoreTask(Task):
                 f"{config['task']} is made of a run's held-out documents: evaluate a run with it"
             )
         rows = read_rows(directory, metadata["file"], metadata.get("sha256"))
+        if not rows:
+            raise UserError(f"{config['task']}: {metadata['file']} has no rows to score")
         random.Random(SHUFFLE_SEED).shuffle(rows)
         limit = metadata.get("max_per_task")
         if limit is not None and int(limit) < 1:

@@ -1,6 +1,7 @@
 """Reads checkpoints, whole or each rank its part, without running anybody's code."""
 
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -93,21 +94,58 @@ def read_training_state(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {str(error).partition(chr(10))[0]}") from error
 
 
+def key_problem(missing: Iterable[str], unknown: Iterable[str]) -> str | None:
+    """Why weights by these names are not those of a model, in words; None where they are.
+
+    Args:
+        missing: names that the model has and the file has not.
+        unknown: the reverse.
+    """
+    missing, unknown = sorted(missing), sorted(unknown)
+    parts = []
+    if missing:
+        parts.append(f"{_some(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+    if unknown:
+        verb = "is" if len(unknown) == 1 else "are"
+        parts.append(f"{_some(unknown)} {verb} unknown to the configuration")
+    for name in unknown:
+        # What wraps a model while it is trained puts its own name in front of all others.
+        for own in missing:
+            if name.endswith(f".{own}"):
+                prefix = name.removesuffix(own)
+                parts.append(f"{prefix!r} stands before its names: save it again without")
+                return "; ".join(parts)
+    return "; ".join(parts) or None
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
 def load_weights(model: Transformer, weights: dict[str, Tensor], origin: Path) -> None:
     """Copies the weights into the model; another architecture is a `UserError`."""
     own = model.state_dict()
-    for name in sorted(set(own) | set(weights)):
-        if name not in weights or name not in own:
-            where = "missing from" if name in own else "unknown to the configuration, but in"
-            raise UserError(
-                f"{origin} is of another architecture: {name} is {where} the checkpoint"
-            )
+    if problem := key_problem(own.keys() - weights.keys(), weights.keys() - own.keys()):
+        raise UserError(f"{origin} is of another architecture: {problem}")
+    for name in sorted(own):
         if own[name].shape != weights[name].shape:
             raise UserError(
                 f"{origin} is of another architecture: {name} is {tuple(weights[name].shape)} "
                 f"there, {tuple(own[name].shape)} in the configuration"
             )
     model.load_state_dict(weights, assign=own and next(iter(own.values())).is_meta)
+
+
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The first tensor with a NaN or an infinite number, and how many it holds; None without."""
+    for name, tensor in tensors:
+        if not tensor.is_floating_point():
+            continue
+        wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+        if n := int((~wide.isfinite()).sum()):
+            return f"{name} holds {n} of {tensor.numel():,} numbers that are not finite"
+    return None
 
 
 def load_tokenizer(checkpoint: Path) -> Any:

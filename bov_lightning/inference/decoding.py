@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bov_lightning.errors import UserError
-from bov_lightning.inference.sampling import Sampling, choose
+from bov_lightning.inference.sampling import Sampling, choose, has_choice
 from bov_lightning.model.prefill import prefill
 from bov_lightning.model.transformer import Transformer
 
@@ -55,8 +55,18 @@ class Decoding:
 
     @torch.inference_mode()
     def step(self) -> list[int | None]:
-        """One more token of every running row; None for the others."""
+        """One more token of every running row; None for the others.
+
+        Raises:
+            UserError: logits that are not finite.
+        """
         logits_BV = self._decode() if any(self.new) else self._prefill()
+        chosen = zip(has_choice(logits_BV), self.running, strict=True)
+        if any(running and not choice for choice, running in chosen):
+            raise UserError(
+                "the logits of the model are not finite, so that no token can be chosen: its "
+                "weights are damaged, or overflow in this --dtype"
+            )
         if self.sampling.temperature == 0:
             likeliest = logits_BV.argmax(-1).tolist()
         else:

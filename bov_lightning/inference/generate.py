@@ -11,7 +11,7 @@ import torch
 
 from bov_lightning.errors import UserError
 from bov_lightning.inference.decoding import Decoding, TextStream
-from bov_lightning.inference.loading import check_device, load
+from bov_lightning.inference.loading import check_device, end_tokens, load
 from bov_lightning.inference.sampling import Sampling
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.model.values import BankOfValues
@@ -95,7 +95,7 @@ def generate(
     if tokenizer is None:
         raise UserError(f"{checkpoint} has no tokenizer, so it cannot read a prompt")
     start = tokenizer.bos_token_id
-    ends = {id_ for id_ in (start, tokenizer.eos_token_id) if id_ is not None}
+    ends = end_tokens(checkpoint, tokenizer)
     encoded = [
         [*([] if start is None else [start]), *tokenizer.encode(text, add_special_tokens=False)]
         for text in prompts

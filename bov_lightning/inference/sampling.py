@@ -1,5 +1,6 @@
 """How the next token is chosen."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,10 @@ from bov_lightning.kinds import COUNT, SEED, Range
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+COLD = 1e-30
+"""A temperature below it would divide logits beyond what fp32 can hold."""
 
 
 @dataclass(frozen=True)
@@ -30,19 +35,26 @@ class Sampling:
 
     def __post_init__(self):
         no_choice = self.top_k is not None and self.top_k < 1
-        if self.max_new_tokens < 1 or self.temperature < 0 or no_choice:
+        if self.max_new_tokens < 1 or not 0 <= self.temperature < math.inf or no_choice:
             raise UserError("--max-new-tokens and --top-k are at least 1, --temperature at least 0")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"--top-p is {self.top_p}: above 0, at most 1")
+        if not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"--seed is {self.seed}: an integer of 64 bits is needed")
         if "" in self.stop:
             raise UserError("--stop is empty: give the text to stop at")
+
+
+def has_choice(logits_BV: "Tensor") -> list[bool]:
+    """Whether each row of logits has a likeliest token: no NaN, nothing infinite above the rest."""
+    return logits_BV.amax(-1).isfinite().tolist()
 
 
 def choose(logits_V: "Tensor", sampling: Sampling, generator: "torch.Generator") -> int:
     """The next token of one row, from its fp32 logits on the CPU."""
     import torch
 
-    if sampling.temperature == 0:
+    if sampling.temperature < COLD:
         return int(logits_V.argmax())
     if sampling.top_k is not None:
         kept = logits_V.topk(min(sampling.top_k, len(logits_V)))

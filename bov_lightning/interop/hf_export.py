@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from bov_lightning.checkpoint.directory import TOKENIZER, find_checkpoint, read_marker
-from bov_lightning.checkpoint.reading import load_checkpoint
+from bov_lightning.checkpoint.reading import load_checkpoint, not_finite
 from bov_lightning.errors import UserError
 from bov_lightning.files import refuse_filled, write_directory
 from bov_lightning.interop.hf_import import WEIGHTS
@@ -48,13 +48,18 @@ def export(path: str | Path, output: Path, dtype: torch.dtype = torch.float32) -
         it, and the source's in the same dtype.
 
     Raises:
-        UserError: no complete checkpoint, ``output`` not empty, or logits that differ.
+        UserError: no complete checkpoint, ``output`` not empty, weights that are not finite, or
+            logits that differ.
     """
     from safetensors.torch import save_file
 
     refuse_filled(output)
     checkpoint = find_checkpoint(path)
     model, tokenizer = load_checkpoint(checkpoint, dtype=dtype)
+    if found := not_finite(model.state_dict().items()):
+        raise UserError(
+            f"the weights of {checkpoint} are not finite: {found}; export another checkpoint"
+        )
     special = {}
     if tokenizer is not None and tokenizer.bos_token_id is not None:
         special = {f"{kind}_token_id": tokenizer.bos_token_id for kind in ("bos", "eos", "pad")}

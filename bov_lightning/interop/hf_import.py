@@ -59,7 +59,13 @@ def read_export(directory: Path) -> tuple[BoVConfig, dict[str, Tensor]]:
             found = load_file(file)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file} cannot be read: {error}") from error
-        weights |= {name.removeprefix("model."): tensor for name, tensor in found.items()}
+        for name, tensor in found.items():
+            if (own := name.removeprefix("model.")) in weights:
+                raise UserError(
+                    f"{directory} holds {own} twice, the second time in {file.name}: files of an "
+                    "older export lie beside it"
+                )
+            weights[own] = tensor
     return shape, weights
 
 
@@ -92,7 +98,7 @@ def import_hf(directory: Path, output: Path) -> TransformerConfig:
         tokenizer = None
         if (directory / "tokenizer.json").is_file():
             tokenizer = Path(folder)
-            for name in ("tokenizer.json", "tokenizer_config.json"):
+            for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
                 if (directory / name).is_file():
                     shutil.copyfile(directory / name, tokenizer / name)
         step = int(getattr(stored, "training_step", 0))

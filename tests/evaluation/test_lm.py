@@ -140,7 +140,7 @@ def plain_logprob(model, ids: list[int], start: int) -> tuple[float, bool]:
 def test_requests_of_any_other_task(make, tokenizer):
     model, backend = make()
     lm = BatchedLM(backend, tokenizer, budget=100)
-    pairs = [("the parser", " option"), ("", "help x"), ("a b ", "c d e"), ("the", ""), ("", "")]
+    pairs = [("the parser", " option"), ("", "help x"), ("a b ", "c d e"), ("the ", ""), ("", "x")]
     with torch.no_grad():
         found = lm.loglikelihood(requests("loglikelihood", pairs))
     for (context, continuation), (logprob, greedy) in zip(pairs, found, strict=True):
