@@ -35,12 +35,15 @@ from data_modules.reader import OnError, open_stripe
 from data_modules.sources import Split, TextSource
 from data_modules.tokenizer import (
     TokenizerConfig,
+    decide,
     encode_documents,
+    identity,
     read_tokenizer,
     save_tokenizer,
     token_dtype,
     tokenizer_hash,
     train_tokenizer,
+    vocabulary_size,
 )
 
 MANIFEST = "manifest.json"
@@ -98,11 +101,10 @@ class Corpus:
 
     def settings(self, fingerprint: str | None = None) -> dict[str, Any]:
         """Everything that decides what the rows are; the source's fingerprint is taken if given."""
-        own = self.tokenizer
         return {
             "source": type(self.source).__name__,
             "fingerprint": fingerprint or self.source.fingerprint(),
-            "tokenizer": {"hash": tokenizer_hash(own.path)} if own.path else asdict(own),
+            "tokenizer": identity(self.tokenizer),
             "packing": asdict(self.packing),
             "sequence_len": self.sequence_len,
             "n_shard": self.n_shard,
@@ -184,13 +186,22 @@ class Corpus:
                 while not self.tokenizer_directory.is_dir():
                     time.sleep(1)
             return
+        names = None
         if self.tokenizer.path:
-            tokenizer = read_tokenizer(self.tokenizer.path)
+            found = decide(self.tokenizer.path, self.tokenizer.start)
+            tokenizer, names = found.tokenizer(), found.names
+            left_out = f"; left out: {', '.join(found.left_out)}" if found.left_out else ""
+            CONSOLE.print(
+                f"tokenizer {self.tokenizer.path}: documents start with {found.start}{left_out}",
+                highlight=False, soft_wrap=True, markup=False,
+            )  # fmt: skip
         else:
             with CONSOLE.status("training the tokenizer"):
                 documents = open_stripe(self.source, "train", on_error=self.on_error)
                 tokenizer = train_tokenizer(documents, self.tokenizer)
-        write_directory(self.tokenizer_directory, lambda aside: save_tokenizer(tokenizer, aside))
+        write_directory(
+            self.tokenizer_directory, lambda aside: save_tokenizer(tokenizer, aside, names)
+        )
 
     def _shard_file(self, split: Split, index: int, n_shard: int, suffix: str) -> Path:
         return self.directory / f"{split}-{index:05d}-of-{n_shard:05d}{suffix}"
@@ -300,7 +311,7 @@ class Corpus:
         manifest = {
             "settings": self.settings(),
             "dtype": token_dtype(tokenizer).name,
-            "vocab_size": tokenizer.get_vocab_size(),
+            "vocab_size": vocabulary_size(tokenizer),
             "tokenizer_hash": tokenizer_hash(self.tokenizer_directory),
             "shards": shards,
         }

@@ -131,9 +131,9 @@ def fill_vocab_size(settings: dict) -> dict:
         return settings
     tokenizer = (data.get("init_args") or {}).get("tokenizer") or {}
     if tokenizer.get("path"):
-        from data_modules.tokenizer import read_tokenizer
+        from data_modules.tokenizer import read_tokenizer, vocabulary_size
 
-        vocab_size = read_tokenizer(tokenizer["path"]).get_vocab_size()
+        vocab_size = vocabulary_size(read_tokenizer(tokenizer["path"], tokenizer.get("start")))
     else:
         vocab_size = tokenizer.get("vocab_size")
     return merge(settings, {"model": {"config": {"vocab_size": vocab_size}}})
