@@ -30,6 +30,7 @@ from tokenizers import Tokenizer
 from bov_lightning.console import CONSOLE
 from bov_lightning.errors import UserError
 from bov_lightning.files import write_directory, write_file
+from data_modules.lossless import ByteCount
 from data_modules.packing import PackingConfig, PackingCounts, pack
 from data_modules.reader import OnError, open_stripe
 from data_modules.sources import Split, TextSource
@@ -129,6 +130,7 @@ class Corpus:
         self._make_tokenizer(shard[0])
         mine = [s for i, s in enumerate(self.shards()) if i % shard[1] == shard[0]]
         pending = [s for s in mine if not self._is_whole(*s)]
+        pending.sort(key=lambda s: s[0] == "train")  # what may be refused comes first
         if pending:
             self._pack(pending, processes or os.cpu_count() or 1)
         if all(self._shard_file(*s, ".json").is_file() for s in self.shards()):
@@ -271,7 +273,11 @@ class Corpus:
         tokenizer = _packing_tokenizer(self.tokenizer_directory, changed)
         reader = open_stripe(self.source, split, index, n_shard, self.on_error)
         counts, digest = PackingCounts(), hashlib.sha256()
-        documents = encode_documents(tokenizer, reader)
+        if split == "val":
+            measured = ByteCount(tokenizer)
+            documents = measured.tokens(encode_documents(tokenizer, measured.texts(reader)))
+        else:
+            documents = encode_documents(tokenizer, reader)
         rows = pack(documents, self.sequence_len + 1, self.packing, counts)
         target = self._shard_file(split, index, n_shard, ".bin")
 
@@ -284,6 +290,8 @@ class Corpus:
                     shared[2 * slot : 2 * slot + 2] = [reader.fraction, counts.tokens]
                     if show:
                         show()
+            if split == "val":
+                measured.check("the val documents")
 
         write_file(target, write)
         shared[2 * slot : 2 * slot + 2] = [1.0, counts.tokens]

@@ -5,13 +5,19 @@ or takes from it is left out where the vocabulary can do without; what then stil
 refused, because bytes could not be counted and texts not be read back.
 """
 
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from bov_lightning.errors import UserError
-from data_modules.vocabulary import BYTE, special_ids, token_bytes, unknown_characters
+from data_modules.vocabulary import special_ids, token_bytes, unknown_characters
 
+BYTE_NAME = "<0x41>"
+"""What byte fallback calls the letter A; no text that spells it out has that letter."""
 FIRST_SPACE = "the space in front of a text"
 
 TEXTS = (
@@ -87,16 +93,34 @@ def _decoders_for(normalizers: list[dict], pre_tokenizers: list[dict]) -> list[d
     return [{"type": "Fuse"}]
 
 
-def unspell(content: dict[str, Any]) -> None:
-    """Keeps a Unigram model from reading the spelling of special and byte tokens as these."""
-    model = content["model"]
-    if model["type"] != "Unigram":
-        return
-    special = {token["content"] for token in content["added_tokens"] if token["special"]}
-    for entry in model["vocab"]:
-        if entry[0] in special or (model.get("byte_fallback") and BYTE.fullmatch(entry[0])):
-            # Never the best way to write a text, yet a number to calculate with.
-            entry[1] = -1e6
+def spelled_out(tokenizer: Tokenizer) -> list[str]:
+    """The special tokens, and one for a byte, whose characters in a text are read as such."""
+    special, found = special_ids(tokenizer), []
+    if (byte := tokenizer.token_to_id(BYTE_NAME)) is not None:
+        ids = tokenizer.encode(f"a {BYTE_NAME} b", add_special_tokens=False).ids
+        found += [BYTE_NAME] * (byte in ids)
+    for i in sorted(special):
+        token = tokenizer.id_to_token(i)
+        ids = tokenizer.encode(text := f"a {token} b", add_special_tokens=False).ids
+        if special.intersection(ids) and unknown_characters(tokenizer, text) <= {token}:
+            found.append(token)
+    return found
+
+
+def cut_up(content: dict[str, Any], tokens: list[str]) -> None:
+    """Cuts behind the first character wherever a text spells out one of the tokens.
+
+    A Unigram model would read it, or the name of a byte, as the token itself.
+    """
+    special = [token for token in tokens if len(token) > 1 and token != BYTE_NAME]
+    patterns = [f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in special]
+    if BYTE_NAME in tokens:
+        patterns.append("<(?=0x[0-9A-F]{2}>)")
+    if patterns:
+        cut = {"type": "Split", "pattern": {"Regex": "|".join(patterns)}, "behavior": "Isolated",
+               "invert": False}  # fmt: skip
+        parts = [cut, *_parts(content["pre_tokenizer"], "pretokenizers")]
+        content["pre_tokenizer"] = _whole(parts, "pretokenizers")
 
 
 def check(tokenizer: Tokenizer, content: dict[str, Any], origin: str) -> None:
@@ -117,6 +141,9 @@ def check(tokenizer: Tokenizer, content: dict[str, Any], origin: str) -> None:
             f"wrong (it is made of {kinds}): bring a tokenizer that keeps every text as it is"
         )
 
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
     splitter, pair = tokenizer.pre_tokenizer, "a b"
     if splitter is not None:
         if tokenizer.normalizer is not None:
@@ -124,18 +151,65 @@ def check(tokenizer: Tokenizer, content: dict[str, Any], origin: str) -> None:
         ranges = [span for _, span in splitter.pre_tokenize_str(pair)]
         if sum(end - start for start, end in ranges) < len(pair):
             refuse("a b", "loses its space")
-    unknown = unknown_characters(tokenizer, "".join(TEXTS))
+    added = tokenizer.get_added_tokens_decoder().values()
+    texts = [*TEXTS, *(f"a {token.content} b" for token in added if not token.special)]
+    unknown = unknown_characters(tokenizer, "".join(texts))
     n_byte = token_bytes(tokenizer)
-    for whole in TEXTS:
+    for whole in texts:
         text = "".join(character for character in whole if character not in unknown)
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        ids = encode(text)
         if (back := tokenizer.decode(ids, skip_special_tokens=False)) != text:
             refuse(text, f"comes back as {back!r}")
         if (counted := int(n_byte[ids].sum())) != len(text.encode()):
             refuse(text, f"has {len(text.encode())} bytes, and its tokens {counted}")
-    special = special_ids(tokenizer)
-    for i in sorted(special):
-        text = f"a {tokenizer.id_to_token(i)} b"
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
-        if special.intersection(ids) and not unknown_characters(tokenizer, text):
-            refuse(text, "becomes a special token, although the characters were meant")
+    for token in spelled_out(tokenizer):
+        refuse(f"a {token} b", "becomes a special token, although its characters are meant")
+
+
+class ByteCount:
+    """Compares the bytes of documents with those of their tokens, while both pass by.
+
+    A vocabulary without a way to write every character loses some: a model that is measured per
+    byte of such text would look better than it is.
+
+    Args:
+        tokenizer: what makes the tokens.
+    """
+
+    TOLERANCE = 1e-4
+    """Of the bytes: what four digits of bits per byte do not show."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self._n_byte = tokenizer, token_bytes(tokenizer)
+        self.in_text = self.in_tokens = 0
+        self._waiting: deque[str] = deque()
+        self._missing: set[str] = set()
+
+    def texts(self, documents: Iterable[str]) -> Iterator[str]:
+        """The documents, counted."""
+        for document in documents:
+            self._waiting.append(document)
+            yield document
+
+    def tokens(self, documents: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """The token ids of the same documents, counted."""
+        for ids in documents:
+            document = self._waiting.popleft()
+            n_text, n_token = len(document.encode()), int(self._n_byte[ids].sum())
+            self.in_text += n_text
+            self.in_tokens += n_token
+            if n_text != n_token and not self._missing:
+                self._missing = unknown_characters(self.tokenizer, document)
+            yield ids
+
+    def check(self, where: str) -> None:
+        """Refuses what would be measured wrongly; ``where`` says which text it is."""
+        lost = abs(self.in_text - self.in_tokens)
+        if lost > self.TOLERANCE * self.in_text:
+            missing = ", ".join(map(repr, sorted(self._missing)[:5]))
+            raise UserError(
+                f"data: the tokens of {where} hold {self.in_tokens:,} of its {self.in_text:,} "
+                f"bytes{f' (it has no token for {missing})' if missing else ''}, so bits per byte "
+                "would be wrong: bring a tokenizer that can write every character, such as one "
+                "with byte fallback"
+            )

@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from bov_lightning.errors import UserError
-from data_modules.lossless import check, simplify, unspell
+from data_modules.lossless import check, cut_up, simplify, spelled_out
 from data_modules.vocabulary import (
     token_bytes,  # noqa: F401 (whoever reads a tokenizer finds it here)
     vocabulary_size,
@@ -132,10 +132,7 @@ class Decision:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, for which all characters of a document are text."""
-        tokenizer = Tokenizer.from_str(self.content)
-        # A document that spells out a special token means its characters.
-        tokenizer.encode_special_tokens = True
-        return tokenizer
+        return _for_documents(self.content)
 
 
 def decide(directory: str | Path, start: str | None = None) -> Decision:
@@ -164,10 +161,17 @@ def _decide(directory: Path, start: str | None, stamps: tuple) -> Decision:
     left_out = simplify(content)
     content["post_processor"] = _template(names["bos_token"], raw)
     _make_special(content, raw, names)
-    unspell(content)
+    cut_up(content, spelled_out(_for_documents(json.dumps(content))))
     decision = Decision(json.dumps(content), names, tuple(left_out))
     check(decision.tokenizer(), content, str(directory / FILE))
     return decision
+
+
+def _for_documents(content: str) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(content)
+    # A document that spells out a special token means its characters.
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 def _from_file(directory: str | Path) -> Tokenizer:

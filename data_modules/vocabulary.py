@@ -62,17 +62,18 @@ def _n_byte(token: str, text: str) -> int:
     return len(text.encode())
 
 
-def unknown_characters(tokenizer: Tokenizer, text: Iterable[str]) -> set[str]:
+def unknown_characters(tokenizer: Tokenizer, text: str) -> set[str]:
     """The characters that the vocabulary cannot write: they vanish, or become a special token."""
     special = special_ids(tokenizer)
-    unknown = set()
-    for character in set(text):
-        ids = tokenizer.encode(character, add_special_tokens=False).ids
-        if not ids or special.intersection(ids) or (
-            character != REPLACEMENT and REPLACEMENT in tokenizer.decode(ids)
-        ):  # fmt: skip
-            unknown.add(character)
-    return unknown
+
+    def is_written(character: str, beside: str) -> bool:
+        ids = tokenizer.encode(f"{beside}{character}{beside}", add_special_tokens=False).ids
+        back = tokenizer.decode(ids, skip_special_tokens=False)
+        broken = REPLACEMENT in back and character != REPLACEMENT
+        return not special.intersection(ids) and not broken and back != 2 * beside
+
+    # Beside others as well: what strips texts takes a space that stands alone.
+    return {c for c in set(text) if not is_written(c, "") and not is_written(c, "a")}
 
 
 class Following:
@@ -91,7 +92,7 @@ class Following:
         self._start = self.decode(self.before)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids that begin a text, special tokens included."""
+        """The text of ids that begin a text, with the names of special tokens."""
         return self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
 
     def __call__(self, ids: Iterable[int]) -> str:
