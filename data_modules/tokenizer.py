@@ -117,8 +117,8 @@ class Decision:
     """What a tokenizer file means for pretraining; every command uses this."""
 
     content: str
-    """The tokenizer.json that documents are tokenized with: no text is changed, none is added. Its
-    template puts the start token in front of what is encoded with special tokens, and no other."""
+    """The tokenizer.json that documents are tokenized with: no text is changed, nothing added. Its
+    template for pairs begins with the start token, so that it knows it: `bos_id`."""
     names: dict[str, str]
     """The special tokens by role (``bos_token``: what starts a document), as ``transformers`` names
     them; the file has every one of them."""
@@ -159,7 +159,7 @@ def _decide(directory: Path, start: str | None, stamps: tuple) -> Decision:
     names["bos_token"] = _start_of(raw, directory, start)
     content = json.loads(raw.to_str())
     left_out = simplify(content)
-    content["post_processor"] = _template(names["bos_token"], raw)
+    content["post_processor"] = _template(names["bos_token"], raw, before=("pair",))
     _make_special(content, raw, names)
     cut_up(content, spelled_out(_for_documents(json.dumps(content))))
     decision = Decision(json.dumps(content), names, tuple(left_out))
@@ -248,15 +248,17 @@ def _start_of(tokenizer: Tokenizer, directory: Path, start: str | None) -> str:
     )
 
 
-def _template(start: str, tokenizer: Tokenizer) -> dict[str, Any]:
-    """A post-processor that puts the start token in front of a text, as a tokenizer.json has it."""
+def _template(start: str, tokenizer: Tokenizer, before: tuple[str, ...]) -> dict[str, Any]:
+    """A post-processor that puts the start token ``before`` texts that are encoded ``single`` or as
+    a ``pair``, in the form that a tokenizer.json has.
+    """
     first = {"SpecialToken": {"id": start, "type_id": 0}}
     text, second = ({"Sequence": {"id": name, "type_id": 0}} for name in ("A", "B"))
+    sequences = {"single": [text], "pair": [text, second]}
+    for kind in before:
+        sequences[kind].insert(0, first)
     facts = {"id": start, "ids": [tokenizer.token_to_id(start)], "tokens": [start]}
-    return {
-        "type": "TemplateProcessing", "single": [first, text], "pair": [first, text, second],
-        "special_tokens": {start: facts},
-    }  # fmt: skip
+    return {"type": "TemplateProcessing", **sequences, "special_tokens": {start: facts}}
 
 
 def _make_special(content: dict[str, Any], tokenizer: Tokenizer, names: dict[str, str]) -> None:
@@ -332,7 +334,8 @@ def write_tokenizer(
     directory.mkdir(parents=True, exist_ok=True)
     if starts_texts and "bos_token" in names:
         content = json.loads(tokenizer.to_str())
-        content["post_processor"] = _template(names["bos_token"], tokenizer)
+        both = ("single", "pair")
+        content["post_processor"] = _template(names["bos_token"], tokenizer, before=both)
         tokenizer = Tokenizer.from_str(json.dumps(content))
     tokenizer.save(str(directory / FILE))
     written = {
@@ -374,10 +377,10 @@ def tokenizer_hash(directory: str | Path) -> str:
 
 
 def bos_id(tokenizer: Tokenizer) -> int:
-    """The id of the token that starts every document: what the tokenizer's template puts before a
-    text (see `decide`), or the usual name where it has none.
+    """The id of the token that starts every document: as `decide` has noted it, or that of the
+    usual name in a tokenizer which it did not read.
     """
-    ids = tokenizer.encode("").ids
+    ids = tokenizer.encode("", "").ids
     if len(ids) == 1:
         return ids[0]
     if (name := _known_start(tokenizer)) is not None:
