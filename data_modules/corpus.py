@@ -34,17 +34,21 @@ from bov_lightning.console import CONSOLE
 from bov_lightning.distributed import preemption
 from bov_lightning.errors import UserError
 from bov_lightning.files import file_error, write_directory, write_file
+from data_modules.lossless import ByteCount
 from data_modules.packing import PackingConfig, PackingCounts, pack
 from data_modules.reader import OnError, open_stripe
 from data_modules.sources import Split, TextSource
 from data_modules.tokenizer import (
     TokenizerConfig,
+    decide,
     encode_documents,
+    identity,
     read_tokenizer,
     save_tokenizer,
     token_dtype,
     tokenizer_hash,
     train_tokenizer,
+    vocabulary_size,
 )
 
 MANIFEST = "manifest.json"
@@ -115,11 +119,10 @@ class Corpus:
 
     def settings(self, fingerprint: str | None = None) -> dict[str, Any]:
         """Everything that decides what the rows are; the source's fingerprint is taken if given."""
-        own = self.tokenizer
         return {
             "source": type(self.source).__name__,
             "fingerprint": fingerprint or self.source.fingerprint(),
-            "tokenizer": {"hash": tokenizer_hash(own.path)} if own.path else asdict(own),
+            "tokenizer": identity(self.tokenizer),
             "packing": asdict(self.packing),
             "sequence_len": self.sequence_len,
             "n_shard": self.n_shard,
@@ -146,6 +149,7 @@ class Corpus:
                 self._make_tokenizer()
             mine = [s for i, s in enumerate(self.shards()) if i % shard[1] == shard[0]]
             pending = [s for s in mine if not self._is_whole(*s)]
+            pending.sort(key=lambda s: s[0] == "train")  # what may be refused comes first
             if pending:
                 self._pack(pending, processes or os.cpu_count() or 1)
             self._finish()
@@ -239,13 +243,22 @@ class Corpus:
     def _make_tokenizer(self) -> None:
         if self.tokenizer_directory.is_dir():
             return
+        names = None
         if self.tokenizer.path:
-            tokenizer = read_tokenizer(self.tokenizer.path)
+            found = decide(self.tokenizer.path, self.tokenizer.start)
+            tokenizer, names = found.tokenizer(), found.names
+            left_out = f"; left out: {', '.join(found.left_out)}" if found.left_out else ""
+            CONSOLE.print(
+                f"tokenizer {self.tokenizer.path}: documents start with {found.start}{left_out}",
+                highlight=False, soft_wrap=True, markup=False,
+            )  # fmt: skip
         else:
             with CONSOLE.status("training the tokenizer"):
                 documents = open_stripe(self.source, "train", on_error=self.on_error)
                 tokenizer = train_tokenizer(_until_told(documents), self.tokenizer)
-        write_directory(self.tokenizer_directory, lambda aside: save_tokenizer(tokenizer, aside))
+        write_directory(
+            self.tokenizer_directory, lambda aside: save_tokenizer(tokenizer, aside, names)
+        )
 
     def _shard_file(self, split: Split, index: int, n_shard: int, suffix: str) -> Path:
         return self.directory / f"{split}-{index:05d}-of-{n_shard:05d}{suffix}"
@@ -317,7 +330,11 @@ class Corpus:
         tokenizer = _packing_tokenizer(self.tokenizer_directory, changed)
         reader = open_stripe(self.source, split, index, n_shard, self.on_error)
         counts, digest = PackingCounts(), hashlib.sha256()
-        documents = encode_documents(tokenizer, reader)
+        if split == "val":
+            measured = ByteCount(tokenizer)
+            documents = measured.tokens(encode_documents(tokenizer, measured.texts(reader)))
+        else:
+            documents = encode_documents(tokenizer, reader)
         rows = pack(documents, self.sequence_len + 1, self.packing, counts)
         target = self._shard_file(split, index, n_shard, ".bin")
 
@@ -330,6 +347,8 @@ class Corpus:
                     shared[2 * slot : 2 * slot + 2] = [reader.fraction, counts.tokens]
                     if show:
                         show()
+            if split == "val":
+                measured.check("the val documents")
 
         write_file(target, write)
         shared[2 * slot : 2 * slot + 2] = [1.0, counts.tokens]
@@ -357,7 +376,7 @@ class Corpus:
         manifest = {
             "settings": self.settings(),
             "dtype": token_dtype(tokenizer).name,
-            "vocab_size": tokenizer.get_vocab_size(),
+            "vocab_size": vocabulary_size(tokenizer),
             "tokenizer_hash": tokenizer_hash(self.tokenizer_directory),
             "shards": shards,
         }

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from transformers import PreTrainedTokenizerFast
 
 from bov_lightning.console import say
 from bov_lightning.distributed.ranks import Ranks
@@ -15,6 +14,7 @@ from bov_lightning.errors import EvaluationInterruptedError
 from bov_lightning.recipe.sections import EvaluationConfig
 from bov_lightning.run.directory import EVAL
 from bov_lightning.run.status import Status
+from data_modules.tokenizer import transformers_tokenizer
 from evaluation.backends import TransformerBackend
 from evaluation.heldout import needs_heldout, write_from_data
 from evaluation.report import headline
@@ -93,9 +93,7 @@ class Evaluator(Callback):
         self.ranks.together(lambda: self._prepare(trainer))
         # Freed again: rows and few-shot examples need not lie in memory while training.
         self.ranks.together(lambda: load_tasks(self.benchmarks))
-        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(
-            trainer.datamodule.tokenizer_directory
-        )
+        self.tokenizer = transformers_tokenizer(trainer.datamodule.tokenizer_directory)
 
     def _prepare(self, trainer: Trainer) -> None:
         if self.config.download:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from bov_lightning.errors import UserError
+from data_modules.vocabulary import Following
 
 SEAM = 12
 """Characters on either side of a seam that are tokenised together to see whether it is one."""
@@ -86,6 +87,7 @@ class Encoder:
     def __init__(self, tokenizer: Any, limit: int = 200_000):
         self.tokenizer, self.limit = tokenizer, limit
         self.bos = np.array([document_start(tokenizer)], dtype=np.int32)
+        self._text = Following(tokenizer)
         self._pieces: dict[str, np.ndarray] = {}
         self._seams: dict[tuple[str, str], bool] = {}
 
@@ -178,8 +180,10 @@ class Encoder:
         return Row(whole, start)
 
     def n_byte(self, row: Row) -> int:
-        """UTF-8 bytes of the text that the scored tokens decode to."""
-        return len(self.tokenizer.decode(row.ids[row.start :].tolist()).encode("utf-8"))
+        """UTF-8 bytes of the text that the scored tokens decode to where they stand."""
+        begins_text = row.start == 1 and row.ids[0] == self.bos[0]
+        decode = self._text.decode if begins_text else self._text
+        return len(decode(row.ids[row.start :].tolist()).encode("utf-8"))
 
 
 def _common_start(sequences: list[np.ndarray]) -> int:

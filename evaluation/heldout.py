@@ -13,6 +13,8 @@ import numpy as np
 
 from bov_lightning.errors import UserError
 from bov_lightning.files import write_directory
+from data_modules.tokenizer import transformers_tokenizer
+from data_modules.vocabulary import Following
 
 N_ROW = 200
 """Rows per task, at most."""
@@ -36,20 +38,20 @@ def documents(rows: np.ndarray, bos: int) -> list[np.ndarray]:
     return found
 
 
-def _last_token(ids: np.ndarray, tokenizer: Any) -> dict[str, str] | None:
+def _last_token(ids: np.ndarray, text: Following) -> dict[str, str] | None:
     for at in range(len(ids) - 1, MIN_CONTEXT - 1, -1):
-        token = tokenizer.decode([int(ids[at])])
+        token = text([int(ids[at])])
         if re.fullmatch(r" \w+", token):
-            context = tokenizer.decode(ids[:at].tolist())
+            context = text.decode(ids[:at].tolist())
             return {"context": context, "continuation": token[1:]} if context.strip() else None
     return None
 
 
-def _cut(ids: np.ndarray, tokenizer: Any) -> tuple[str, str] | None:
+def _cut(ids: np.ndarray, text: Following) -> tuple[str, str] | None:
     for at in range(max(MIN_CONTEXT, len(ids) // 2), len(ids) - N_CONTINUATION + 1):
-        if re.match(r" \w", tokenizer.decode([int(ids[at])])):
-            query = tokenizer.decode(ids[:at].tolist())
-            after = tokenizer.decode(ids[at : at + N_CONTINUATION].tolist())[1:].rstrip()
+        if re.match(r" \w", text([int(ids[at])])):
+            query = text.decode(ids[:at].tolist())
+            after = text(ids[at : at + N_CONTINUATION].tolist())[1:].rstrip()
             return (query, after) if query.strip() and after else None
     return None
 
@@ -61,10 +63,10 @@ def write_heldout(directory: Path, rows: np.ndarray, tokenizer: Any, bos: int) -
         UserError: the held-out rows hold too few documents.
     """
     texts = documents(rows[:MAX_ROWS_READ], bos)
-    draw = random.Random(SEED)
+    draw, text = random.Random(SEED), Following(tokenizer)
     draw.shuffle(texts)
-    last = [item for ids in texts if (item := _last_token(ids, tokenizer))][:N_ROW]
-    cuts = [cut for ids in texts if (cut := _cut(ids, tokenizer))][:N_ROW]
+    last = [item for ids in texts if (item := _last_token(ids, text))][:N_ROW]
+    cuts = [cut for ids in texts if (cut := _cut(ids, text))][:N_ROW]
     if len(cuts) < 2 * N_CHOICE or not last:
         raise UserError(
             f"the held-out rows hold only {len(cuts)} documents that are long enough for the "
@@ -87,9 +89,7 @@ def write_heldout(directory: Path, rows: np.ndarray, tokenizer: Any, bos: int) -
 
 def write_from_data(directory: Path, data: Any) -> None:
     """The same, from a prepared CorpusDataModule."""
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(data.tokenizer_directory)
+    tokenizer = transformers_tokenizer(data.tokenizer_directory)
     rows = data.val_rows.read(np.arange(min(len(data.val_rows), MAX_ROWS_READ)))
     write_heldout(directory, rows, tokenizer, data.document_start)
 

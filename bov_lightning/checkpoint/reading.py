@@ -152,9 +152,9 @@ def load_tokenizer(checkpoint: Path) -> Any:
     """The checkpoint's tokenizer as a ``transformers`` fast tokenizer; None where it has none."""
     if not (checkpoint / TOKENIZER).is_dir():
         return None
-    from transformers import PreTrainedTokenizerFast
+    from data_modules.tokenizer import transformers_tokenizer
 
-    return PreTrainedTokenizerFast.from_pretrained(checkpoint / TOKENIZER)
+    return transformers_tokenizer(checkpoint / TOKENIZER)
 
 
 def load_checkpoint(

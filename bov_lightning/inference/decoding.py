@@ -9,6 +9,7 @@ from bov_lightning.errors import UserError
 from bov_lightning.inference.sampling import Sampling, choose, has_choice
 from bov_lightning.model.prefill import prefill
 from bov_lightning.model.transformer import Transformer
+from data_modules.vocabulary import BYTE, REPLACEMENT, Following
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -100,23 +101,55 @@ class Decoding:
 
 
 class TextStream:
-    """The text of a continuation, token by token, up to the first stop string."""
+    """The text of a continuation, token by token, up to the first stop string.
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast", stop: tuple[str, ...] = ()):
-        from tokenizers.decoders import DecodeStream
+    The pieces, behind the prompt, are what all ids decode to, but for an unfinished last character.
 
-        # A character may need several tokens: the stream waits until its bytes are complete.
-        self._stream, self._tokenizer = DecodeStream(), tokenizer.backend_tokenizer
+    Args:
+        tokenizer: a ``transformers`` fast tokenizer.
+        stop: strings that end the text.
+        begins_text: whether no text stands before the continuation.
+    """
+
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerFast", stop: tuple[str, ...] = (),
+        begins_text: bool = False,
+    ):  # fmt: skip
+        self._text, self._tokenizer = Following(tokenizer), tokenizer
+        # The last token that was shown, and those since: all that their text depends on.
+        self._ids = [] if begins_text else list(self._text.before)
+        self._n_shown = len(self._text.decode(self._ids))
         self._stop, self._held = stop, ""
         self.stopped = False
 
+    def _decode(self, token: int) -> str:
+        """The text that one more token completes."""
+        self._ids.append(token)
+        # Bytes of characters without a token become text together, all that follow one another.
+        if self._is_byte(token):
+            return ""
+        whole = self._text.decode(self._ids)
+        if whole.endswith(REPLACEMENT):
+            return ""
+        new = whole[self._n_shown :]
+        self._ids = [token]
+        self._n_shown = len(self._text.decode(self._ids))
+        return new
+
+    def _is_byte(self, token: int) -> bool:
+        name = self._tokenizer.convert_ids_to_tokens(token)
+        return bool(BYTE.fullmatch(name or "")) and self._text.decode([token]) != name
+
     def push(self, token: int) -> str:
         """What can be shown after one more token; what may become a stop string is held back."""
-        self._held += self._stream.step(self._tokenizer, token) or ""
+        self._held += self._decode(token)
+        return self._show()
+
+    def _show(self) -> str:
         found = [at for at in map(self._held.find, self._stop) if at >= 0]
         if found:
-            self._held, self.stopped = self._held[: min(found)], True
-            return self.flush()
+            shown, self._held, self.stopped = self._held[: min(found)], "", True
+            return shown
         held = max(
             (
                 n
@@ -131,6 +164,11 @@ class TextStream:
         return shown
 
     def flush(self) -> str:
-        """What was held back; the text ends here."""
-        shown, self._held = self._held, ""
+        """What was held back, without a last character that is not whole; the text ends here."""
+        if self.stopped:
+            return ""
+        self._held += self._text.decode(self._ids)[self._n_shown :].rstrip(REPLACEMENT)
+        self._ids, self._n_shown = [], 0
+        shown = self._show()
+        shown, self._held = shown + self._held, ""
         return shown

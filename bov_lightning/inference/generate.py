@@ -126,7 +126,11 @@ def _run(
     statistics: Statistics, live: bool,
 ) -> list[str]:  # fmt: skip
     """Decodes to the end; returns the continuations."""
-    streams = [TextStream(tokenizer, decoding.sampling.stop) for _ in decoding.prompts]
+    start = tokenizer.bos_token_id
+    streams = [
+        TextStream(tokenizer, decoding.sampling.stop, begins_text=set(prompt) == {start})
+        for prompt in decoding.prompts
+    ]
     texts = [""] * len(streams)
     started, n_step = time.perf_counter(), 0
     while any(decoding.running):

@@ -1,7 +1,5 @@
 """Checkpoints as `transformers` directories, with code and a card of their own."""
 
-import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from bov_lightning.model.lookup import source_class
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.run.directory import RunDirectory
 from bov_lightning.version import __version__
+from data_modules.tokenizer import own_settings, stored_tokenizer, write_tokenizer
 
 LOGIT_TOLERANCE = 1e-5
 """How far an export's fp32 logits may be from its source's."""
@@ -60,19 +59,24 @@ def export(path: str | Path, output: Path, dtype: torch.dtype = torch.float32) -
         raise UserError(
             f"the weights of {checkpoint} are not finite: {found}; export another checkpoint"
         )
-    special = {}
-    if tokenizer is not None and tokenizer.bos_token_id is not None:
-        special = {f"{kind}_token_id": tokenizer.bos_token_id for kind in ("bos", "eos", "pad")}
+    special, ends = {}, {}
+    if tokenizer is not None and (start := tokenizer.bos_token_id) is not None:
+        # A document ends where the next one starts, whatever else ends a text.
+        own = {"eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+        special = {f"{kind}_token_id": start if i is None else i for kind, i in own.items()}
+        special["bos_token_id"] = start
+        if special["eos_token_id"] != start:
+            ends = {"eos_token_id": [special["eos_token_id"], start]}
     step = read_marker(checkpoint)["step"]
     differences = []
 
     def write(aside: Path) -> None:
         hf_config(model.config, dtype=dtype, training_step=step, **special).save_pretrained(aside)
-        GenerationConfig(**special).save_pretrained(aside)
+        GenerationConfig(**special | ends).save_pretrained(aside)
         source = source_class(model.config.value.source)
         (aside / f"{MODULE}.py").write_text(modelling_source(source), encoding="utf-8")
         if tokenizer is not None:
-            _write_tokenizer(checkpoint / TOKENIZER, aside, tokenizer.bos_token)
+            _write_tokenizer(checkpoint / TOKENIZER, aside)
         weights = {f"model.{name}": t.contiguous() for name, t in model.state_dict().items()}
         save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
         (aside / "README.md").write_text(model_card(model, checkpoint, step), encoding="utf-8")
@@ -101,25 +105,12 @@ def _difference(model: Transformer, directory: Path) -> float:
     return max(float(whole), float((theirs - ours).abs().max()))
 
 
-def _write_tokenizer(source: Path, target: Path, start: str | None) -> None:
+def _write_tokenizer(source: Path, target: Path) -> None:
     """The tokenizer's files; it then puts the token that starts every document before a text."""
-    from tokenizers import Tokenizer
-    from tokenizers.processors import TemplateProcessing
-
-    for file in source.iterdir():
-        shutil.copyfile(file, target / file.name)
-    path = target / "tokenizer_config.json"
-    settings = json.loads(path.read_text()) if path.is_file() else {}
-    if start is not None:
-        tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
-        tokenizer.post_processor = TemplateProcessing(
-            single=f"{start} $A", pair=f"{start} $A $B",
-            special_tokens=[(start, tokenizer.token_to_id(start))],
-        )  # fmt: skip
-        tokenizer.save(str(target / "tokenizer.json"))
-        # A document ends where the next one starts.
-        settings |= {"eos_token": start, "pad_token": start}
-    path.write_text(json.dumps(settings, indent=1) + "\n")
+    tokenizer, names = stored_tokenizer(source)
+    if (start := names.get("bos_token")) is not None:
+        names = {"eos_token": start, "pad_token": start, **names}
+    write_tokenizer(tokenizer, names, target, own_settings(source), starts_texts=True)
 
 
 def model_card(model: Transformer, checkpoint: Path, step: int) -> str:

@@ -1,7 +1,6 @@
 """Reads exports, as `transformers` may have saved them again; runs none of their code."""
 
 import json
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,13 @@ from bov_lightning.interop.hf_model import BoVConfig, BoVForCausalLM
 from bov_lightning.model.config import TransformerConfig
 from bov_lightning.model.counting import meta_model
 from bov_lightning.model.transformer import Transformer
+from data_modules.tokenizer import (
+    own_settings,
+    stored_tokenizer,
+    transformers_tokenizer,
+    without_template,
+    write_tokenizer,
+)
 
 
 def is_export(directory: Path) -> bool:
@@ -79,9 +85,7 @@ def load_export(
     place(model, device, dtype, bank_device, weight_files(directory), "model.")
     tokenizer = None
     if (directory / "tokenizer.json").is_file():
-        from transformers import PreTrainedTokenizerFast
-
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+        tokenizer = transformers_tokenizer(directory)
     return model.eval(), tokenizer
 
 
@@ -98,9 +102,12 @@ def import_hf(directory: Path, output: Path) -> TransformerConfig:
         tokenizer = None
         if (directory / "tokenizer.json").is_file():
             tokenizer = Path(folder)
-            for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-                if (directory / name).is_file():
-                    shutil.copyfile(directory / name, tokenizer / name)
+            found, names = stored_tokenizer(directory)
+            write_tokenizer(without_template(found), names, tokenizer, own_settings(directory))
+            if (directory / "generation_config.json").is_file():
+                shutil.copyfile(
+                    directory / "generation_config.json", tokenizer / "generation_config.json"
+                )
         step = int(getattr(stored, "training_step", 0))
         write_checkpoint(output, step, weights, config_yaml(shape), tokenizer=tokenizer)
     return shape

@@ -159,9 +159,10 @@ def fill_vocab_size(settings: dict) -> dict:
     if not isinstance(tokenizer, dict):
         return settings
     if tokenizer.get("path"):
-        from data_modules.tokenizer import read_tokenizer
+        from data_modules.tokenizer import read_tokenizer, vocabulary_size
 
-        vocab_size = read_tokenizer(home(str(tokenizer["path"]))).get_vocab_size()
+        found = read_tokenizer(home(str(tokenizer["path"])), tokenizer.get("start"))
+        vocab_size = vocabulary_size(found)
     else:
         vocab_size = tokenizer.get("vocab_size")
     return merge(settings, {"model": {"config": {"vocab_size": vocab_size}}})

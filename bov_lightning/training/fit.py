@@ -258,12 +258,12 @@ def validate(checkpoint: Path, given: Given) -> float:
     module.configure_model()
     load_weights(module.model, read_weights(checkpoint), checkpoint)
     if (checkpoint / TOKENIZER).is_dir():
-        from data_modules.tokenizer import tokenizer_hash
+        from data_modules.tokenizer import same_tokenizer, tokenizer_hash
 
         data.prepare_data()
-        own = tokenizer_hash(checkpoint / TOKENIZER)
-        theirs = tokenizer_hash(data.tokenizer_directory)
-        if own != theirs:
+        if not same_tokenizer(checkpoint / TOKENIZER, data.tokenizer_directory):
+            own = tokenizer_hash(checkpoint / TOKENIZER)
+            theirs = tokenizer_hash(data.tokenizer_directory)
             raise UserError(
                 f"{checkpoint} was trained with another tokenizer than that of the data "
                 f"({own}, not {theirs}): use data.init_args.tokenizer.path {checkpoint / TOKENIZER}"

@@ -2,10 +2,13 @@
 
 import io
 import json
+import random
 import sys
 
 import pytest
 import torch
+from tokenizer_kinds import LIMITED, WHOLE, bring, byte_fallback
+from transformers import PreTrainedTokenizerFast
 from variants import OVERLAYS, make_model, perturb
 
 from bov_lightning.checkpoint.writing import config_yaml, write_checkpoint
@@ -13,7 +16,14 @@ from bov_lightning.cli import main
 from bov_lightning.errors import UserError
 from bov_lightning.inference.decoding import Decoding, TextStream
 from bov_lightning.inference.sampling import Sampling, choose
-from data_modules.tokenizer import TokenizerConfig, save_tokenizer, train_tokenizer
+from data_modules.tokenizer import (
+    TokenizerConfig,
+    decide,
+    read_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+    transformers_tokenizer,
+)
 
 TEXT = "import json\nfrom pathlib import Path\n\ndef read(self, path):\n    return path\nµ→é\n"
 GREEDY = Sampling(max_new_tokens=30, temperature=0)
@@ -122,6 +132,57 @@ def test_a_stop_string_across_tokens_is_never_shown(checkpoint):
                 break
         assert shown + stream.flush() == expected
         assert stream.stopped == (expected != "return path µ→é END of it")
+
+
+@pytest.mark.parametrize("decided", [True, False])
+@pytest.mark.parametrize("kind", {**WHOLE, **LIMITED})
+def test_pieces_behind_the_prompt_are_the_text_of_all_ids(kind, decided, tmp_path):
+    """Of random ids, in tokenizers as people bring them and as they are saved."""
+    tokenizer = {**WHOLE, **LIMITED}[kind]()
+    if decided:
+        found = decide(bring(tmp_path / "own", tokenizer), "<s>" if kind == "spelled" else None)
+        save_tokenizer(found.tokenizer(), tmp_path / "saved", found.names)
+        tokenizer = transformers_tokenizer(tmp_path / "saved")
+    else:
+        if tokenizer.decoder is None:
+            pytest.skip("ids in a row mean nothing without a decoder")
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    draw = random.Random(0)
+    ids = sorted(tokenizer.get_vocab().values())
+    special = set(tokenizer.all_special_ids)
+    for _ in range(150):
+        prompt = draw.choice(["", "once upon", "read", "once "])
+        before = tokenizer.encode(prompt, add_special_tokens=False)
+        new = draw.choices(ids, k=draw.randint(0, 40))
+        new = [i for i in new if i not in special]
+        stream, pieces = TextStream(tokenizer, begins_text=not prompt), []
+        for i in new:
+            pieces.append(stream.push(i))
+        pieces.append(stream.flush())
+        whole, shown = tokenizer.decode([*before, *new]), tokenizer.decode(before)
+        shown += "".join(pieces)
+        assert whole.startswith(shown)
+        assert set(whole[len(shown) :]) <= {"\ufffd"}
+
+
+def test_whole_characters_are_shown_at_once(tmp_path):
+    """Of bytes, when the next one cannot change them any more."""
+    save_tokenizer(read_tokenizer(bring(tmp_path, byte_fallback())), tmp_path / "saved")
+    tokenizer = transformers_tokenizer(tmp_path / "saved")
+    stream = TextStream(tokenizer, stop=("STOP",))
+    ids = tokenizer.encode("a 🙂 a", add_special_tokens=False)
+    shown = [stream.push(i) for i in ids]
+    assert "".join(shown) == "a 🙂 a"
+    assert shown[0] == "a"
+    # What stands in bytes is searched for stop strings, too, at the end as well.
+    names = tokenizer.convert_ids_to_tokens(ids)
+    end = 1 + max(i for i, name in enumerate(names) if name.startswith("<0x"))
+    stream = TextStream(tokenizer, stop=("🙂",))
+    shown = "".join(stream.push(i) for i in ids[:end])
+    assert not stream.stopped
+    assert shown + stream.flush() == "a "
 
 
 def test_prompts_from_files_and_stdin_are_one(run, workplace, monkeypatch):
