@@ -27,7 +27,7 @@ import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
-from bov_lightning.console import CONSOLE
+from bov_lightning.console import CONSOLE, say
 from bov_lightning.errors import UserError
 from bov_lightning.files import write_directory, write_file
 from data_modules.packing import PackingConfig, PackingCounts, pack
@@ -124,6 +124,7 @@ class Corpus:
                 last writes the manifest; number 0 trains the tokenizer.
         """
         self._claim()
+        self.say_what_is_shared()
         self._make_tokenizer(shard[0])
         mine = [s for i, s in enumerate(self.shards()) if i % shard[1] == shard[0]]
         pending = [s for s in mine if not self._is_whole(*s)]
@@ -144,12 +145,23 @@ class Corpus:
             fingerprint = self.source.fingerprint()
         except (UserError, OSError) as error:
             fingerprint = _read_json(self.directory / SETTINGS).get("fingerprint")
-            CONSOLE.print(
-                f"using {self.directory} as it is, since its text cannot be compared: {error}",
-                highlight=False, soft_wrap=True,
-            )  # fmt: skip
+            say(f"using {self.directory} as it is, since its text cannot be compared: {error}")
         self._compare(self.settings(fingerprint))
         return True
+
+    def say_what_is_shared(self) -> None:
+        """Says it where text is read for training and for validation, by whatever name."""
+        try:
+            train, val = (self.source.origins(split) for split in SPLITS)
+        except (UserError, OSError):
+            return  # The text need not be there any more.
+        shared = [name for key, name in val.items() if key in train]
+        if shared:
+            more = f" (and {len(shared) - 1} more)" if len(shared) > 1 else ""
+            say(
+                f"data: {shared[0]}{more} is read for validation and for training: val_bpb then "
+                "measures text that was trained on"
+            )
 
     def _claim(self) -> None:
         """Writes settings.json, or compares it with ours."""
@@ -297,8 +309,15 @@ class Corpus:
                 raise UserError(
                     f"data: the {split} documents do not fill one row of {self.sequence_len} tokens"
                 )
+        settings = self.settings()
+        claimed = _read_json(self.directory / SETTINGS)
+        if settings["fingerprint"] != claimed.get("fingerprint"):
+            raise UserError(
+                f"data: the text changed while it was packed: delete {self.directory} and prepare "
+                "it again when its files are complete"
+            )
         manifest = {
-            "settings": self.settings(),
+            "settings": settings,
             "dtype": token_dtype(tokenizer).name,
             "vocab_size": tokenizer.get_vocab_size(),
             "tokenizer_hash": tokenizer_hash(self.tokenizer_directory),
@@ -310,15 +329,28 @@ class Corpus:
             return
         write_file(path, text)
         for split, parts in shards.items():
-            total = {name: sum(p[name] for p in parts) for name in parts[0] if name != "file"
-                     and name != "sha256"}  # fmt: skip
-            CONSOLE.print(
+            total = total_counts(parts)
+            say(
                 f"{self.directory}: {total['rows']:,} {split} rows of {self.sequence_len} tokens "
                 f"from {total['documents']:,} documents; "
                 f"{total['cropped'] / max(1, total['tokens']):.1%} of their tokens cropped, "
-                f"{total['empty']:,} rows without text, {total['skipped']:,} skipped",
-                highlight=False, soft_wrap=True,
-            )  # fmt: skip
+                f"{total['empty']:,} rows without text, {total['skipped']:,} skipped"
+                + self.crop_advice(total)
+            )
+
+    def crop_advice(self, counts: dict[str, int]) -> str:
+        """What to do where packing loses most of the text, to end a sentence with; else "".
+
+        Args:
+            counts: `total_counts` of a split.
+        """
+        if self.packing.kind == "concat" or 2 * counts["cropped"] <= counts["tokens"]:
+            return ""
+        return (
+            "; of a document longer than a row (a whole .txt, .md or .py file is one "
+            "document) best_fit packs only the start: cut it into documents, or set "
+            "data.init_args.packing.kind: concat and another data.init_args.directory"
+        )
 
     def read_manifest(self) -> dict[str, Any]:
         """The manifest of a prepared corpus."""
@@ -406,6 +438,12 @@ def _read_json(path: Path) -> dict[str, Any]:
         return content
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def total_counts(parts: list[dict[str, Any]]) -> dict[str, int]:
+    """The counts of a split: those of its shards together."""
+    counts = (k for k, value in parts[0].items() if isinstance(value, int))
+    return {name: sum(part[name] for part in parts) for name in counts}
 
 
 def _sha256(path: Path) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 from docstring_parser import parse_from_object
 
 from bov_lightning.recipe.sections import Recipe
+from bov_lightning.text import lines
 
 DOCS = Path(__file__).parent
 COMMANDS = re.compile(
@@ -179,7 +180,7 @@ def run_in(folder: Path) -> Callable[[str], str]:
         )  # fmt: skip
         output = result.stdout.replace(sys.prefix, "/home/me/.venv")
         output = output.replace(str(folder.resolve()), "/home/me/experiments")
-        return "\n".join(line.rstrip() for line in output.splitlines())
+        return "\n".join(line.rstrip() for line in lines(output))
 
     return run
 

@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 PACKAGES = ("bov_lightning", "data_modules", "evaluation")
 
 FLOORS = (
-    ("errors", "files", "console", "version", "upstream"),
+    ("errors", "files", "console", "text", "version", "upstream"),
     ("model",),
     ("distributed",),
     ("optim",),

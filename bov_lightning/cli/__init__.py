@@ -7,6 +7,7 @@ import sys
 
 from bov_lightning.cli.commands import COMMANDS
 from bov_lightning.errors import UserError
+from bov_lightning.text import NoTextError, check, print_any_text
 
 USAGE = """\
 usage: bov COMMAND ...
@@ -35,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     0; 2 for the user's mistakes; 75 and 143 for a run that a signal stopped; 130 for Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    print_any_text()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0
@@ -46,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     from bov_lightning.distributed.preemption import Preempted
 
     try:
+        _check_text(arguments)
         if arguments[0] not in COMMANDS:
             import difflib
 
@@ -66,6 +69,16 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return _fail(f"{error.filename or 'the file system'}: {error.strerror}")
     return 0
+
+
+def _check_text(arguments: list[str]) -> None:
+    for argument in arguments:
+        try:
+            check(argument)
+        except NoTextError:
+            raise UserError(
+                f"the argument {argument!r} is not valid UTF-8: give it as UTF-8, or in a file"
+            ) from None
 
 
 def _fail(message: str) -> int:
