@@ -347,9 +347,9 @@ class Corpus:
         if self.packing.kind == "concat" or 2 * counts["cropped"] <= counts["tokens"]:
             return ""
         return (
-            "; of a document longer than a row (a whole .txt, .md or .py file is one "
-            "document) best_fit packs only the start: cut it into documents, or set "
-            "data.init_args.packing.kind: concat and another data.init_args.directory"
+            "; a document longer than a row is cropped to it, and a whole .txt, .md or .py file is one "
+            "document: cut it, or set data.init_args.packing.kind: concat and another "
+            "data.init_args.directory"
         )
 
     def read_manifest(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The `bov` command. Imports what a command needs only when that command runs."""
 
+import contextlib
 import errno
 import gc
 import os
@@ -72,13 +73,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _check_text(arguments: list[str]) -> None:
+    """Refuses what no text can be made of: Python reads such bytes as halves of characters."""
     for argument in arguments:
         try:
             check(argument)
         except NoTextError:
-            raise UserError(
-                f"the argument {argument!r} is not valid UTF-8: give it as UTF-8, or in a file"
-            ) from None
+            advice = "is not valid UTF-8: give it as UTF-8, or in a file"
+            with contextlib.suppress(UnicodeError):
+                os.fsencode(argument).decode("utf-8")
+                advice = "cannot be read in this locale: set LC_ALL=C.UTF-8"
+            raise UserError(f"the argument {argument!r} {advice}") from None
 
 
 def _fail(message: str) -> int:
