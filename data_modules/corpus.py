@@ -347,8 +347,8 @@ class Corpus:
         if self.packing.kind == "concat" or 2 * counts["cropped"] <= counts["tokens"]:
             return ""
         return (
-            "; a document longer than a row is cropped to it, and a whole .txt, .md or .py file is one "
-            "document: cut it, or set data.init_args.packing.kind: concat and another "
+            "; a document longer than a row is cropped to it, and a whole .txt, .md or .py file is "
+            "one document: cut it, or set data.init_args.packing.kind: concat and another "
             "data.init_args.directory"
         )
 

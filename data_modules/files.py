@@ -49,7 +49,7 @@ def find_files(pattern: str) -> list[str]:
 
 def _local(pattern: str) -> list[str]:
     folder = "/" if pattern.startswith("/") else os.getcwd()
-    parts = [part for part in pattern.split("/") if part]
+    parts = [part for part in pattern.split("/") if part not in ("", ".")]
     while parts and os.path.lexists(path := os.path.join(folder, parts[0])):
         folder, parts = path, parts[1:]
     if not parts:

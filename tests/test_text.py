@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from test_structure import PACKAGES
 
 from bov_lightning.cli import main
+from bov_lightning.console import CONSOLE, say
 from bov_lightning.text import NoTextError, check, decode, lines, print_any_text
 
 SEPARATORS = "\v\f\x1c\x1d\x1e\x85\u2028\u2029"
@@ -129,3 +130,11 @@ def test_bytes_of_a_shell_that_are_no_utf8_are_refused(locale, workplace):
     assert done.returncode == 2
     assert done.stderr == b"bov: error: the argument 'caf\\udce9' is not valid UTF-8: give it as" \
                           b" UTF-8, or in a file\n"  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["runs/exp[v2]", "[bold]x[/bold]", "[/nothing]", ":smile: \\["])
+def test_what_is_said_is_printed_as_it_is(text, capsys):
+    """Names of folders are no markup."""
+    say(text)
+    CONSOLE.print(text)
+    assert capsys.readouterr().err == f"{text}\n" * 2

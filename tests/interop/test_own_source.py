@@ -185,7 +185,7 @@ def test_an_export_is_refused_a_module_that_needs_more(line, workplace, monkeypa
 
 
 LAID_OUT = '''\
-"""A source of my own,{page}whose file is laid out in its own way."""; from __future__ import annotations
+"""A source of my own,{page}laid out in its own way."""; from __future__ import division
 {page}
 import os
 import sys; from typing import TYPE_CHECKING
@@ -217,7 +217,7 @@ class Doubled(InitialEmbeddingValue):
         return math.copysign(scale, 1) * super().forward(inputs, projection)
 
 
-def config(model: TransformerConfig) -> str:
+def config(model: "TransformerConfig") -> str:
     from bov_lightning.model.layers import Linear
 {page}
 def nothing(): return os.sep, sys.path
