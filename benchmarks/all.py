@@ -35,12 +35,12 @@ def measure(name: str) -> dict | None:
     command = [sys.executable, str(FOLDER / f"{name}.py"), *ARGUMENTS[name].split()]
     environment = os.environ | {"OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(FOLDER.parent)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
+    printed = done.stdout.strip()
+    if done.returncode or not printed:
         print(f"{name} failed (exit code {done.returncode}):", file=sys.stderr)
-        print("\n".join(done.stderr.strip().splitlines()[-5:]), file=sys.stderr)
+        print("\n".join(done.stderr.strip().split("\n")[-5:]), file=sys.stderr)
         return None
-    return json.loads(lines[-1])
+    return json.loads(printed.rpartition("\n")[2])
 
 
 def compare(name: str, now: dict, stored: dict | None) -> None:

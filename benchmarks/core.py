@@ -78,7 +78,7 @@ def plain_row(task: CoreTask, doc: dict, model: Any, tokenizer: Any, bos: int) -
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default=str(SHARED / "parity" / "core"))
     data = os.environ.get("BOV_EVAL_DATA", SHARED / "eval_bundle")
     parser.add_argument("--data-dir", default=data)

@@ -49,7 +49,7 @@ def machine() -> str:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [line for line in info.read_text().split("\n") if line.startswith("model name")]
         model = names[0].partition(": ")[2] if names else model
     return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}"
 

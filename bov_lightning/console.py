@@ -6,9 +6,9 @@ Two consoles do not know of each other's lines, so that a warning of one would t
 
 from rich.console import Console
 
-CONSOLE = Console(stderr=True)
+CONSOLE = Console(stderr=True, markup=False)
 
 
 def say(text: str) -> None:
     """Prints a line, which is not wrapped where the output is no terminal."""
-    CONSOLE.print(text, highlight=False, markup=False, soft_wrap=True)
+    CONSOLE.print(text, highlight=False, soft_wrap=True)

@@ -30,7 +30,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
 from bov_lightning import claims
-from bov_lightning.console import CONSOLE
+from bov_lightning.console import CONSOLE, say
 from bov_lightning.distributed import preemption
 from bov_lightning.errors import UserError
 from bov_lightning.files import file_error, write_directory, write_file
@@ -145,6 +145,7 @@ class Corpus:
         """
         with self._alone(f"part {shard[0]} of {shard[1]}"):
             self._claim()
+            self.say_what_is_shared()
             with self._alone("the tokenizer"):
                 self._make_tokenizer()
             mine = [s for i, s in enumerate(self.shards()) if i % shard[1] == shard[0]]
@@ -205,12 +206,23 @@ class Corpus:
             fingerprint = self.source.fingerprint()
         except (UserError, OSError) as error:
             fingerprint = _read_json(self.directory / SETTINGS).get("fingerprint")
-            CONSOLE.print(
-                f"using {self.directory} as it is, since its text cannot be compared: {error}",
-                highlight=False, soft_wrap=True,
-            )  # fmt: skip
+            say(f"using {self.directory} as it is, since its text cannot be compared: {error}")
         self._compare(self.settings(fingerprint))
         return True
+
+    def say_what_is_shared(self) -> None:
+        """Says it where text is read for training and for validation, by whatever name."""
+        try:
+            train, val = (self.source.origins(split) for split in SPLITS)
+        except (UserError, OSError):
+            return  # The text need not be there any more.
+        shared = [name for key, name in val.items() if key in train]
+        if shared:
+            more = f" (and {len(shared) - 1} more)" if len(shared) > 1 else ""
+            say(
+                f"data: {shared[0]}{more} is read for validation and for training: val_bpb then "
+                "measures text that was trained on"
+            )
 
     def _claim(self) -> None:
         """Writes settings.json, or compares it with ours."""
@@ -373,8 +385,15 @@ class Corpus:
                 raise UserError(
                     f"data: the {split} documents do not fill one row of {self.sequence_len} tokens"
                 )
+        settings = self.settings()
+        claimed = _read_json(self.directory / SETTINGS)
+        if settings["fingerprint"] != claimed.get("fingerprint"):
+            raise UserError(
+                f"data: the text changed while it was packed: delete {self.directory} and prepare "
+                "it again when its files are complete"
+            )
         manifest = {
-            "settings": self.settings(),
+            "settings": settings,
             "dtype": token_dtype(tokenizer).name,
             "vocab_size": vocabulary_size(tokenizer),
             "tokenizer_hash": tokenizer_hash(self.tokenizer_directory),
@@ -386,15 +405,28 @@ class Corpus:
             return
         write_file(path, text)
         for split, parts in shards.items():
-            total = {name: sum(p[name] for p in parts) for name in parts[0] if name != "file"
-                     and name != "sha256"}  # fmt: skip
-            CONSOLE.print(
+            total = total_counts(parts)
+            say(
                 f"{self.directory}: {total['rows']:,} {split} rows of {self.sequence_len} tokens "
                 f"from {total['documents']:,} documents; "
                 f"{total['cropped'] / max(1, total['tokens']):.1%} of their tokens cropped, "
-                f"{total['empty']:,} rows without text, {total['skipped']:,} skipped",
-                highlight=False, soft_wrap=True,
-            )  # fmt: skip
+                f"{total['empty']:,} rows without text, {total['skipped']:,} skipped"
+                + self.crop_advice(total)
+            )
+
+    def crop_advice(self, counts: dict[str, int]) -> str:
+        """What to do where packing loses most of the text, to end a sentence with; else "".
+
+        Args:
+            counts: `total_counts` of a split.
+        """
+        if self.packing.kind == "concat" or 2 * counts["cropped"] <= counts["tokens"]:
+            return ""
+        return (
+            "; a document longer than a row is cropped to it, and a whole .txt, .md or .py file is "
+            "one document: cut it, or set data.init_args.packing.kind: concat and another "
+            "data.init_args.directory"
+        )
 
     def read_manifest(self) -> dict[str, Any]:
         """The manifest of a prepared corpus."""
@@ -482,6 +514,12 @@ def _read_json(path: Path) -> dict[str, Any]:
         return content
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def total_counts(parts: list[dict[str, Any]]) -> dict[str, int]:
+    """The counts of a split: those of its shards together."""
+    counts = (k for k, value in parts[0].items() if isinstance(value, int))
+    return {name: sum(part[name] for part in parts) for name in counts}
 
 
 def _sha256(path: Path) -> str:

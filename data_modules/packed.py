@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bov_lightning.errors import UserError
 from bov_lightning.kinds import COUNT, PATH, SEED, Range
-from data_modules.corpus import Corpus, Rows
+from data_modules.corpus import Corpus, Rows, total_counts
 from data_modules.order import rows_at
 from data_modules.packing import PackingConfig
 from data_modules.reader import OnError
@@ -101,7 +101,9 @@ class CorpusDataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Makes what is missing in the corpus directory."""
-        if not self.corpus.is_prepared():
+        if self.corpus.is_prepared():
+            self.corpus.say_what_is_shared()
+        else:
             self.corpus.prepare()
 
     def setup(self, stage: str) -> None:
@@ -177,6 +179,7 @@ class PackedDataModule(CorpusDataModule):
                 raise UserError(
                     f"{self.corpus.directory} holds {len(self.rows)} training rows, fewer than "
                     f"the {needed} of one global batch: give more text or a smaller batch.tokens"
+                    + self.corpus.crop_advice(total_counts(self.manifest["shards"]["train"]))
                 )
 
     def train_dataloader(self) -> TrainingRows:

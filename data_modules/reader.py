@@ -1,11 +1,13 @@
 """Reading one stripe of a source: resumable at any document, retrying what fails."""
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from bov_lightning.errors import UserError
+from bov_lightning.text import NoTextError, check
 from data_modules.sources import BadRow, Mixture, Split, TextSource, Unit
 
 OnError = Literal["error", "skip"]
@@ -84,6 +86,7 @@ class StripeReader:
                     self.row += 1
                     if (self.row - 1) % share != turn:
                         continue
+                    text = _checked(text)
                     if isinstance(text, BadRow):
                         self._bad(unit, text)
                     elif not text or text.isspace():
@@ -126,8 +129,19 @@ class StripeReader:
             attempt += 1
 
 
+def _checked(text: str | BadRow) -> str | BadRow:
+    """Characters that are none, as JSON can write them, would end the tokenizer."""
+    try:
+        return text if isinstance(text, BadRow) else check(text)
+    except NoTextError as error:
+        return BadRow(str(error))
+
+
 def _may_pass(error: Exception, unit: Unit) -> bool:
     """Whether trying again can help: what the system and the network report, not bad content."""
+    if os.path.isabs(unit.name):
+        # A local file that is cut off, or not packed as it should be: no system call failed.
+        return bool(getattr(error, "errno", None)) and not isinstance(error, PERMANENT)
     if isinstance(error, PERMANENT):
         # fsspec says that a file is not found when a server cannot be asked.
         return "://" in unit.name

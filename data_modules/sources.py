@@ -5,9 +5,7 @@ A source is a list of units (a file, a row group of one), and a unit is a sequen
 enough of them, else every so many-th row of a unit. `data_modules.reader` reads stripes.
 """
 
-import gzip
 import hashlib
-import io
 import json
 import os
 import sysconfig
@@ -18,6 +16,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from bov_lightning.errors import UserError
 from bov_lightning.kinds import COUNT, PATH, Range
+from bov_lightning.text import NoTextError, decode, lines
+from data_modules.files import decompressed, file_info, find_files, identity, kind_of, open_file
 
 Split = Literal["train", "val"]
 
@@ -51,6 +51,11 @@ class TextSource:
         """
         raise NotImplementedError
 
+    def origins(self, split: Split) -> dict[str, str]:
+        """What a split is read from, such as files: how messages call it, by what tells it from
+        all others. Empty where that is not known."""
+        return {}
+
     def fingerprint(self) -> str:
         """Changes when the documents do; runs quote it beside their bits per byte."""
         raise NotImplementedError
@@ -66,7 +71,7 @@ def cut_at_lines(text: str, max_chars: int) -> Iterator[str]:
     """Pieces of whole lines, as long as fit ``max_chars``; pieces of white space are left out."""
     piece: list[str] = []
     size = 0
-    for line in text.splitlines(keepends=True):
+    for line in lines(text, keep_ends=True):
         if piece and size + len(line) > max_chars:
             if (joined := "".join(piece)).strip():
                 yield joined
@@ -143,8 +148,6 @@ class TextFiles(TextSource):
     A parquet row, a JSONL line and a whole text file are one document each.
     """
 
-    KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".md", ".py")
-
     def __init__(
         self,
         train: Annotated[list[str], PATH],
@@ -153,7 +156,8 @@ class TextFiles(TextSource):
     ):
         """
         Args:
-            train: paths or glob patterns of the training files.
+            train: paths or glob patterns of the training files; relative ones start where the
+                command runs. A file that several of them name is read once.
             val: the same of the validation files.
             column: the column of parquet and JSONL files that holds the text.
         """
@@ -161,67 +165,48 @@ class TextFiles(TextSource):
         self.column = column
 
     def files(self, split: Split) -> list[str]:
-        """Every file, sorted within its pattern; a pattern without one is a `UserError`."""
-        import fsspec
-
-        found = []
+        """Every file once, sorted within the first pattern that names it; a pattern without one is
+        a `UserError`."""
+        found: dict[str, str] = {}
         for pattern in self.patterns[split]:
-            try:
-                system, path = fsspec.core.url_to_fs(pattern)
-                matches = sorted(system.glob(path)) if any(c in path for c in "*?[") else [path]
-                # Whether a remote file is there shows when it is read, with retries.
-                local = [match for match in matches if "://" not in pattern]
-                missing = not matches or not all(system.exists(match) for match in local)
-            except (OSError, ImportError, ValueError) as error:
-                raise UserError(f"data: {pattern} cannot be listed: {error}") from error
-            if missing:
-                raise UserError(f"data: no file matches {pattern} ({split})")
-            found += [system.unstrip_protocol(match) for match in matches]
-        for name in found:
-            if not name.endswith(self.KINDS):
-                kinds = " ".join(self.KINDS)
-                raise UserError(f"data: {name} is of no known kind: {kinds}")
+            names = find_files(pattern)
+            if not names:
+                here = "" if "://" in pattern else f", seen from {os.getcwd()}"
+                raise UserError(f"data: no file matches {pattern} ({split}){here}")
+            for name in names:
+                found.setdefault(identity(name), name)
         if not found:
             raise UserError(f"data: source.{split} names no files")
-        return [name.removeprefix("file://") for name in found]
+        return list(found.values())
+
+    def origins(self, split):
+        return {identity(name): name for name in self.files(split)}
 
     def units(self, split, at_least):
         names = self.files(split)
-        if len(names) >= at_least or not any(name.endswith(".parquet") for name in names):
+        if len(names) >= at_least or not any(kind_of(name) == ".parquet" for name in names):
             return [Unit(name) for name in names]
         units = []
         for name in names:
-            if name.endswith(".parquet"):
-                with self._open(name) as file:
-                    units += [Unit(name, i) for i in range(self._parquet(file).num_row_groups)]
+            if kind_of(name) == ".parquet":
+                with open_file(name) as file:
+                    units += [Unit(name, i) for i in range(_parquet(file, name).num_row_groups)]
             else:
                 units.append(Unit(name))
         return units
 
-    def _open(self, name: str) -> Any:
-        import fsspec
-
-        return fsspec.open(name, "rb").open()
-
-    def _parquet(self, file: Any) -> Any:
-        import pyarrow.parquet
-
-        try:
-            return pyarrow.parquet.ParquetFile(file)
-        except pyarrow.ArrowInvalid as error:
-            raise UserError(f"data: {file.name} is no parquet file: {error}") from error
-
     def rows(self, unit, start):
-        with self._open(unit.name) as file:
-            if unit.name.endswith(".parquet"):
+        kind = kind_of(unit.name)
+        with open_file(unit.name) as file:
+            if kind == ".parquet":
                 yield from self._parquet_rows(file, unit, start)
-            elif ".jsonl" in unit.name[-10:]:
-                yield from self._json_rows(_decompressed(file, unit.name), start)
+            elif kind.startswith(".jsonl"):
+                yield from self._json_rows(decompressed(file, unit.name), start)
             elif start == 0:
-                yield _decoded(file.read())
+                yield _whole(file.read())
 
     def _parquet_rows(self, file: Any, unit: Unit, start: int) -> Iterator[str | BadRow]:
-        table = self._parquet(file)
+        table = _parquet(file, unit.name)
         names = table.schema_arrow.names
         if self.column not in names:
             raise UserError(
@@ -232,63 +217,88 @@ class TextFiles(TextSource):
         row = 0
         for batch in table.iter_batches(256, row_groups=groups, columns=[self.column]):
             if row + len(batch) > start:
-                for text in batch.column(0).slice(max(0, start - row)).to_pylist():
-                    ok = text is None or isinstance(text, str)
-                    yield (text or "") if ok else BadRow(f"{self.column} is no text")
+                for value in _values(batch.column(0).slice(max(0, start - row))):
+                    yield _text(value, self.column)
             row += len(batch)
 
-    def _json_rows(self, lines: Any, start: int) -> Iterator[str | BadRow]:
-        for i, line in enumerate(lines):
+    def _json_rows(self, rows: Any, start: int) -> Iterator[str | BadRow]:
+        for i, data in enumerate(rows):
             if i < start:
                 continue
-            text = _decoded(line)
-            if isinstance(text, BadRow):
-                yield text
-                continue
             try:
-                value = json.loads(text)[self.column] if text.strip() else ""
-                ok = value is None or isinstance(value, str)
-                yield (value or "") if ok else BadRow(f"{self.column} is no text")
+                text = decode(data)
+                yield _text(json.loads(text)[self.column] if text.strip() else "", self.column)
+            except NoTextError as error:
+                yield BadRow(str(error))
             except KeyError:
                 yield BadRow(f"no key {self.column!r}")
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 yield BadRow("no JSON object")
 
     def fingerprint(self):
         """Names, sizes, and the first and last 64 kB of every file: reading all takes too long."""
-        import fsspec
-
         digest = hashlib.sha256(self.column.encode())
         for split in ("train", "val"):
             for name in self.files(split):
-                system, path = fsspec.core.url_to_fs(name)
-                info = system.info(path)
+                info = file_info(name)
                 size = info.get("size") or 0
-                digest.update(f"{split}:{Path(name).name}:{size}:{info.get('ETag')}\n".encode())
+                line = f"{split}:{Path(name).name}:{size}:{info.get('ETag')}\n"
+                digest.update(line.encode("utf-8", "surrogateescape"))
                 if "://" not in name:
-                    with open(name, "rb") as file:
+                    with open_file(name) as file:
                         digest.update(file.read(2**16))
                         file.seek(max(0, size - 2**16))
                         digest.update(file.read())
         return digest.hexdigest()[:16]
 
 
-def _decoded(data: bytes) -> str | BadRow:
+def _parquet(file: Any, name: str) -> Any:
+    import pyarrow.parquet
+
     try:
-        return data.decode("utf-8")
+        return pyarrow.parquet.ParquetFile(file)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"data: {name} is no parquet file: {error}") from error
+
+
+def _values(column: Any) -> Iterator[Any]:
+    """The values of a parquet column, `BadRow` for text that is no UTF-8 in spite of its type."""
+    import pyarrow
+
+    try:
+        values = column.to_pylist()
+    except UnicodeDecodeError:
+        if pyarrow.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        values = map(_decoded, column.cast(pyarrow.large_binary()).to_pylist())
+    yield from values
+
+
+def _decoded(data: bytes | None) -> str | BadRow | None:
+    try:
+        return data if data is None else str(data, "utf-8")
     except UnicodeDecodeError as error:
         return BadRow(f"invalid UTF-8 at byte {error.start}")
 
 
-def _decompressed(file: Any, name: str) -> Any:
-    if name.endswith(".gz"):
-        return gzip.open(file)
-    if name.endswith(".zst"):
-        import pyarrow
+def _text(value: Any, column: str) -> str | BadRow:
+    """The text of a row's column, which may be bytes; "" for null."""
+    if isinstance(value, str | BadRow):
+        return value
+    if isinstance(value, bytes):
+        return _whole(value)
+    return "" if value is None else BadRow(f"{column} is no text but {type(value).__name__}")
 
-        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd")
-        return io.BufferedReader(stream)
-    return file
+
+def _whole(data: bytes) -> str | BadRow:
+    """The document that bytes are."""
+    try:
+        text = decode(data)
+    except NoTextError as error:
+        return BadRow(str(error))
+    # UTF-16 of many languages is valid UTF-8, with a NUL beside every letter.
+    first = text[:1000]
+    return BadRow("NUL bytes: UTF-16, or no text") if 4 * first.count("\0") > len(first) else text
 
 
 class HubDataset(TextSource):
@@ -316,6 +326,10 @@ class HubDataset(TextSource):
         self.splits = {"train": train_split, "val": val_split}
         self.column = column
 
+    def origins(self, split):
+        called = f"{self.settings['path']}, split {self.splits[split]}"
+        return {json.dumps([self.settings, self.splits[split]]): called}
+
     def _dataset(self, split: Split) -> Any:
         from datasets import load_dataset
 
@@ -338,9 +352,7 @@ class HubDataset(TextSource):
                     f"data: {self.settings['path']} has no column {self.column!r}: its columns "
                     f"are {', '.join(row)}"
                 )
-            text = row[self.column]
-            ok = text is None or isinstance(text, str)
-            yield (text or "") if ok else BadRow(f"{self.column} is no text")
+            yield _text(row[self.column], self.column)
 
     def fingerprint(self):
         text = json.dumps([self.settings, self.splits, self.column])
@@ -369,6 +381,9 @@ class Mixture(TextSource):
         if not sources or any(part.weight <= 0 for part in sources):
             raise UserError("data: a mixture needs sources, each with a weight above 0")
         self.sources = sources
+
+    def origins(self, split):
+        return {k: v for part in self.sources for k, v in part.source.origins(split).items()}
 
     def fingerprint(self):
         text = json.dumps([(part.source.fingerprint(), part.weight) for part in self.sources])

@@ -19,6 +19,7 @@ from pathlib import Path
 from bov_lightning.recipe.annotations import dataclass_of
 from bov_lightning.recipe.explained import keys_of
 from bov_lightning.recipe.sections import Recipe
+from bov_lightning.text import lines
 
 DOCS = Path(__file__).parent
 COMMANDS = re.compile(
@@ -121,7 +122,7 @@ def run_in(folder: Path) -> Callable[[str], str]:
         )  # fmt: skip
         output = result.stdout.replace(sys.prefix, "/home/me/.venv")
         output = output.replace(str(folder.resolve()), "/home/me/experiments")
-        return "\n".join(line.rstrip() for line in output.splitlines())
+        return "\n".join(line.rstrip() for line in lines(output))
 
     return run
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from bov_lightning.checkpoint.directory import CONFIG, find_checkpoint, is_complete
 from bov_lightning.checkpoint.reading import key_problem
-from bov_lightning.console import CONSOLE
+from bov_lightning.console import CONSOLE, say
 from bov_lightning.distributed.ranks import Ranks
 from bov_lightning.errors import EvaluationInterruptedError, UserError
 from bov_lightning.inference.loading import check_device, end_tokens, load
@@ -158,7 +158,7 @@ class Command:
 
     def _say(self, line: str) -> None:
         if self.ranks.rank == 0:
-            CONSOLE.print(line, highlight=False, soft_wrap=True)
+            say(line)
 
     def _benchmarks(self, path: Path) -> Benchmarks:
         if not heldout.needs_heldout(self.benchmarks.tasks):
@@ -241,7 +241,7 @@ def evaluate_command(**options: Any) -> None:
     try:
         Command(options)()
     except EvaluationInterruptedError as error:
-        CONSOLE.print(f"evaluation interrupted: {error}", highlight=False)
+        say(f"evaluation interrupted: {error}")
         raise SystemExit(128 + signal.SIGTERM) from None
     finally:
         _stopped.clear()

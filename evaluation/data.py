@@ -14,6 +14,7 @@ from pathlib import Path
 from bov_lightning.errors import UserError
 from bov_lightning.files import write_file
 from bov_lightning.kinds import home
+from bov_lightning.text import decode, lines
 
 VARIABLE = "BOV_EVAL_DATA"
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
@@ -68,7 +69,7 @@ def read_rows(given: str | Path | None, file: str, sha256: str | None) -> list[d
             "scores on it would compare with nothing"
         )
     try:
-        return [json.loads(line) for line in content.decode("utf-8").splitlines() if line.strip()]
+        return [json.loads(line) for line in lines(decode(content)) if line.strip()]
     except ValueError as error:
         raise UserError(f"{path} is no JSONL file: {error}") from error
 

@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 PACKAGES = ("bov_lightning", "data_modules", "evaluation")
 
 FLOORS = (
-    ("errors", "files", "kinds", "claims", "console", "version", "upstream"),
+    ("errors", "files", "kinds", "claims", "console", "text", "version", "upstream"),
     ("model",),
     ("distributed",),
     ("optim",),

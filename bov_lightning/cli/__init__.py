@@ -1,5 +1,6 @@
 """The `bov` command. Imports what a command needs only when that command runs."""
 
+import contextlib
 import errno
 import gc
 import os
@@ -9,6 +10,7 @@ import traceback
 from bov_lightning.cli.commands import COMMANDS
 from bov_lightning.errors import StorageError, UserError
 from bov_lightning.files import OF_THE_DISK
+from bov_lightning.text import NoTextError, check, print_any_text
 
 USAGE = """\
 usage: bov COMMAND ...
@@ -38,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal stopped; 130 for Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    print_any_text()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0
@@ -49,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     from bov_lightning.distributed.preemption import Preempted
 
     try:
+        _check_text(arguments)
         if arguments[0] not in COMMANDS:
             import difflib
 
@@ -75,6 +79,19 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return _fail(str(error), UserError.exit_code)
     return 0
+
+
+def _check_text(arguments: list[str]) -> None:
+    """Refuses what no text can be made of: Python reads such bytes as halves of characters."""
+    for argument in arguments:
+        try:
+            check(argument)
+        except NoTextError:
+            advice = "is not valid UTF-8: give it as UTF-8, or in a file"
+            with contextlib.suppress(UnicodeError):
+                os.fsencode(argument).decode("utf-8")
+                advice = "cannot be read in this locale: set LC_ALL=C.UTF-8"
+            raise UserError(f"the argument {argument!r} {advice}") from None
 
 
 def _is_recipes_fault(error: Exception) -> bool:

@@ -15,6 +15,7 @@ from bov_lightning.inference.loading import check_device, end_tokens, load
 from bov_lightning.inference.sampling import Sampling
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.model.values import BankOfValues
+from bov_lightning.text import NoTextError, check, decode, lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -44,30 +45,53 @@ class Statistics:
 def read_prompts(
     prompts: list[str], prompt_file: str | None, prompts_file: str | None
 ) -> list[str]:
-    """All prompts of a command: given as text, a whole file, one per line; ``-`` reads stdin."""
+    """All prompts of a command: given as text, a whole file, one per line; ``-`` reads stdin.
 
-    def read(name: str) -> str:
-        try:
-            if name == "-":
-                return sys.stdin.read()
-            return Path(name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"prompts in {name} cannot be read: {error}") from error
+    Files are UTF-8; blank lines are left out.
 
+    Raises:
+        UserError: a file that cannot be read, or is no text; a line that is no prompt.
+    """
     found = list(prompts)
     if prompt_file is not None:
-        found.append(read(prompt_file))
+        found.append(_read(prompt_file).replace("\r\n", "\n"))
     if prompts_file is not None:
-        for number, line in enumerate(read(prompts_file).splitlines(), 1):
-            try:
-                found.append(json.loads(line)["prompt"] if line.startswith("{") else line)
-            except (ValueError, KeyError) as error:
-                raise UserError(
-                    f'{prompts_file} line {number}: no JSON object with a "prompt"'
-                ) from error
-        if not found:
+        before = len(found)
+        for number, line in enumerate(lines(_read(prompts_file)), 1):
+            if line.strip():
+                found.append(_prompt(line, f"{prompts_file} line {number}"))
+        if len(found) == before:
             raise UserError(f"{prompts_file} holds no prompts")
     return found or [""]
+
+
+def _read(name: str) -> str:
+    try:
+        if name != "-":
+            return decode(Path(name).read_bytes())
+        if sys.stdin is None:
+            raise UserError("prompts in - cannot be read: stdin is closed")
+        # As files are: the locale may be another, and Python then ends lines at "\r" too.
+        binary = getattr(sys.stdin, "buffer", None)
+        return check(sys.stdin.read()) if binary is None else decode(binary.read())
+    except (OSError, NoTextError) as error:
+        raise UserError(f"prompts in {name} cannot be read: {error}") from error
+
+
+def _prompt(line: str, where: str) -> str:
+    """The prompt that a line is, or holds as a JSON object."""
+    if not line.startswith("{"):
+        return line
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, RecursionError) as error:
+        raise UserError(f'{where}: no JSON object with a "prompt"') from error
+    if not isinstance(prompt, str):
+        raise UserError(f'{where}: its "prompt" is {type(prompt).__name__}, no text')
+    try:
+        return check(prompt)
+    except NoTextError as error:
+        raise UserError(f'{where}: its "prompt" holds {error}') from error
 
 
 def table_bytes(model: Transformer) -> int:

@@ -18,6 +18,7 @@ from bov_lightning.errors import UserError
 from bov_lightning.files import refuse_filled
 from bov_lightning.model.config import TransformerConfig, ValueConfig
 from bov_lightning.model.counting import meta_model
+from bov_lightning.text import lines
 
 SIZES = {
     "n_layer": "n_layer", "n_head": "n_head", "n_kv_head": "n_kv_head", "n_embd": "d_model",
@@ -138,7 +139,7 @@ def import_nanochat(directory: Path, output: Path) -> TransformerConfig:
     try:
         state = torch.load(model_path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{model_path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{model_path} cannot be read: {next(lines(str(error)), '')}") from error
     weights = convert_weights({name: t.float() for name, t in state.items()}, config)
     load_weights(meta_model(config), weights, model_path)
     write_checkpoint(output, step, weights, config_yaml(config))

@@ -19,6 +19,7 @@ from bov_lightning.files import write_file
 from bov_lightning.launch.sweep_here import prepare_data, run_here
 from bov_lightning.launch.sweep_rows import Row
 from bov_lightning.report import write_report
+from bov_lightning.text import lines
 
 
 def sweep(
@@ -41,7 +42,7 @@ def sweep(
         row.check()
     # What is no terminal has no width: lines must not be cut.
     width = None if sys.stdout.isatty() else 120
-    print_rows(rows, Console(highlight=False, width=width))
+    print_rows(rows, Console(highlight=False, markup=False, width=width))
     if dry_run:
         return
     first, runs = rows[0], [row.run for row in rows]
@@ -95,8 +96,8 @@ def run_on_slurm(rows: list[Row], job: Any, report: list[str], script: Path) -> 
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise UserError(f"squeue failed: {result.stderr.strip()}")
-    lines = (line.partition(" ") for line in result.stdout.splitlines())
-    queued = {name: number for number, _, name in lines}
+    listed = (line.partition(" ") for line in lines(result.stdout))
+    queued = {name: number for number, _, name in listed}
     waiting = [row for row in rows if not row.is_finished() and row.run.name not in queued]
     if waiting:
         prepare_data(waiting[0])

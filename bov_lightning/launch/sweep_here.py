@@ -12,11 +12,12 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn
 
-from bov_lightning.console import CONSOLE
+from bov_lightning.console import CONSOLE, say
 from bov_lightning.distributed.preemption import REQUEUE, STOPPED, Preempted
 from bov_lightning.errors import UserError
 from bov_lightning.launch.sweep_rows import Row
 from bov_lightning.recipe.sections import Recipe
+from bov_lightning.text import lines
 
 POLL_S = 0.5
 LINES_EVERY_S = 60.0
@@ -64,7 +65,8 @@ def run_here(rows: list[Row], n_job: int) -> None:
                     screen.say(f"{row.run.name}: {row.progress()}")
                 elif not received:
                     failed.append(row)
-                    said = (row.directory.log).read_text(errors="replace").splitlines()[-1:]
+                    log = row.directory.log.read_bytes().decode("utf-8", "replace")
+                    said = list(lines(log))[-1:]
                     screen.say(f"{row.run.name} failed: {(said or [process.returncode])[0]}")
             screen.show([row for row, _ in training.values()], waiting)
             if received:
@@ -183,7 +185,7 @@ class _Screen:
     def __enter__(self) -> "_Screen":
         if CONSOLE.is_terminal:
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(20),
                 TextColumn("{task.fields[at]}"),
             )
@@ -198,7 +200,7 @@ class _Screen:
 
     def say(self, line: str) -> None:
         """One line that stays."""
-        CONSOLE.print(line, highlight=False, soft_wrap=True)
+        say(line)
 
     def show(self, training: list[Row], waiting: list[Row]) -> None:
         """How far the runs are that are training now."""

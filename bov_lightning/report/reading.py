@@ -21,6 +21,7 @@ from bov_lightning.checkpoint.directory import CONFIG, WEIGHTS, complete_checkpo
 from bov_lightning.errors import UserError
 from bov_lightning.recipe.keys import defaults
 from bov_lightning.run.directory import EVAL, RunDirectory
+from bov_lightning.text import NoTextError, decode, lines
 from evaluation.report import aggregate_metric, leaf_tasks, notes
 from evaluation.results import read_results
 
@@ -238,10 +239,10 @@ def read_run(path: Path, name: str) -> Run:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return decode(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path.name} is missing") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, NoTextError) as error:
         raise UserError(f"{path.name} cannot be read: {one_line(error)}") from error
 
 
@@ -319,7 +320,7 @@ def read_metrics(path: Path, batch_tokens: int) -> tuple[dict[str, np.ndarray], 
     if text and not text.endswith("\n"):
         text, notes = text[: text.rfind("\n") + 1], [f"the last line of {path.name} is cut off"]
     try:
-        header, *rows = csv.reader(text.splitlines()) or [[]]
+        header, *rows = csv.reader(lines(text, keep_ends=True)) or [[]]
     except (csv.Error, ValueError) as error:
         raise UserError(
             f"{path.name} cannot be read: {one_line(error)}" if text else f"{path.name} is empty"
@@ -398,12 +399,12 @@ def _with_samples(results: dict[str, Any]) -> dict[str, Any]:
     for task in {t for group in groups for t in leaf_tasks(results, group)}:
         file = path.with_name(f"samples_{task}_{date}.jsonl")
         if file.is_file():
-            with open(file, encoding="utf-8") as lines:
+            with open(file, encoding="utf-8") as stored:
                 samples[task] = [
                     {
                         "doc_id": row["doc_id"],
                         **{k: v for k, v in row.items() if isinstance(v, int | float)},
                     }
-                    for row in map(json.loads, lines)
+                    for row in map(json.loads, stored)
                 ]
     return {**results, "samples": samples}

@@ -159,3 +159,11 @@ def test_checksums_are_those_of_the_reference_files(shared):
         rows = read_rows(shared / "eval_bundle", metadata["file"], metadata["sha256"])
         assert len(rows) == metadata["rows"]
         assert json.dumps(rows[0])
+
+
+def test_rows_of_a_task_are_the_lines_of_its_file(tmp_path):
+    """With separators inside, and a byte order mark in front, as editors leave them."""
+    rows = [{"query": "a\u2028b\x85c\x0cd"}, {"query": "\ufeffe\r\n"}]
+    text = "\r\n".join([json.dumps(row, ensure_ascii=False) for row in rows] + ["", " "])
+    (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read_rows(tmp_path, "x.jsonl", None) == rows

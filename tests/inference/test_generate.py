@@ -15,6 +15,7 @@ from bov_lightning.checkpoint.writing import config_yaml, write_checkpoint
 from bov_lightning.cli import main
 from bov_lightning.errors import UserError
 from bov_lightning.inference.decoding import Decoding, TextStream
+from bov_lightning.inference.generate import read_prompts
 from bov_lightning.inference.sampling import Sampling, choose
 from data_modules.tokenizer import (
     TokenizerConfig,
@@ -259,3 +260,76 @@ def test_a_model_without_tokenizer_cannot_read_a_prompt(checkpoint, tmp_path, ca
     write_checkpoint(tmp_path / "bare", 1, model.state_dict(), config_yaml(model.config))
     assert main(["generate", str(tmp_path / "bare")]) == 2
     assert "no tokenizer" in capsys.readouterr().err
+
+
+SEPARATED = "a\u2028b\x85c\x0cd\x1ee\rf"
+"""A prompt with everything that ends a line elsewhere."""
+
+
+@pytest.mark.parametrize("by", ["file", "stdin", "text stdin"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_prompts_are_what_their_lines_are(workplace, monkeypatch, by, mark, end):
+    def read(data: bytes, option: int) -> list[str]:
+        name, names = "-", [None, None]
+        if by == "file":
+            name = "prompts"
+            (workplace / name).write_bytes(data)
+        elif by == "stdin":
+            # As a terminal of another character set has it.
+            stdin = io.TextIOWrapper(io.BytesIO(data), encoding="ascii")
+            monkeypatch.setattr(sys, "stdin", stdin)
+        else:
+            monkeypatch.setattr(sys, "stdin", io.StringIO(data.decode("utf-8-sig"), newline=""))
+        names[option] = name
+        return read_prompts(["given"], *names)
+
+    as_json = json.dumps({"prompt": SEPARATED + "\n"}, ensure_ascii=False).encode()
+    data = mark + end.join([as_json, SEPARATED.encode(), b"", b" ", "é 😀".encode()])
+    expected = ["given", SEPARATED + "\n", SEPARATED, "é 😀"]
+    assert read(data, 1) == read(data + end, 1) == expected
+    whole = mark + SEPARATED.encode() + end + b"x"
+    assert read(whole, 0) == ["given", f"{SEPARATED}\nx"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"prompt": 5}', '"prompt" is int, no text'),
+        (b'{"prompt": null}', '"prompt" is NoneType, no text'),
+        (b'{"prompt": ["x"]}', '"prompt" is list, no text'),
+        (b'{"prompt": "\\ud83d"}', '"prompt" holds half a character'),
+        (b'{"promt": "x"}', "no JSON object with a"),
+        (b'{"prompt": "x"', "no JSON object with a"),
+        (b'{"a":' * 50_000, "no JSON object with a"),
+    ],
+)
+def test_a_line_that_is_no_prompt_is_named(workplace, line, reason):
+    (workplace / "p.jsonl").write_bytes(b'{"prompt": "x"}\n\n' + line + b"\n")
+    with pytest.raises(UserError, match=f"^p.jsonl line 3: .*{reason}"):
+        read_prompts([], None, "p.jsonl")
+
+
+@pytest.mark.parametrize("option", [0, 1])
+@pytest.mark.parametrize(("data", "reason"), [(b"caf\xe9", "invalid UTF-8 at byte 3"),
+                                              ("x".encode("utf-16"), "UTF-16")])  # fmt: skip
+def test_files_and_stdin_that_are_no_text_are_refused(workplace, monkeypatch, option, data, reason):
+    (workplace / "p.txt").write_bytes(data)
+    for name in ("p.txt", "-"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="latin-1"))
+        with pytest.raises(UserError, match=f"^prompts in {name} cannot be read: .*{reason}"):
+            read_prompts([], *(name if option == i else None for i in (0, 1)))
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match="stdin is closed"):
+        read_prompts([], *("-" if option == i else None for i in (0, 1)))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_an_output_cannot_show_is_replaced(checkpoint, monkeypatch, encoding):
+    printed = io.BytesIO()
+    for options in (["--prompt", "µ→é"], ["--prompt", "µ→é", "--prompt", "→"]):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding))
+        assert main(["generate", str(checkpoint), "--max-new-tokens", "3", *options]) == 0
+        sys.stdout.flush()
+        sys.stdout.detach()
+    assert printed.getvalue().count("µ?é".encode(encoding, "replace")) == 2

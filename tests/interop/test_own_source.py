@@ -1,5 +1,7 @@
 """Value sources from outside of the package: whose recipe names them, and who may import them."""
 
+import ast
+import inspect
 import sys
 
 import pytest
@@ -166,7 +168,8 @@ def test_a_name_of_the_package_cannot_be_taken(module, workplace):
 @pytest.mark.parametrize(
     "line",
     ["import numpy as np", "from bov_lightning.model.layers import Linear as L", "from . import x",
-     "import bov_lightning.model.layers"],
+     "import bov_lightning.model.layers", "from bov_lightning.model import values",
+     "from bov_lightning.checkpoint.writing import config_yaml"],
 )  # fmt: skip
 def test_an_export_is_refused_a_module_that_needs_more(line, workplace, monkeypatch, capsys):
     name = "needs_more"
@@ -179,3 +182,71 @@ def test_an_export_is_refused_a_module_that_needs_more(line, workplace, monkeypa
     assert line in capsys.readouterr().err
     assert not (workplace / "out").exists()
     sys.modules.pop(name, None)
+
+
+LAID_OUT = '''\
+"""A source of my own,{page}laid out in its own way."""; from __future__ import division
+{page}
+import os
+import sys; from typing import TYPE_CHECKING
+import torch{page}
+from bov_lightning.model.layers import Linear; SCALE = {scale}
+{page}
+from bov_lightning.model.values import (  # of the package
+    InitialEmbeddingValue,
+)
+
+if TYPE_CHECKING:
+    from bov_lightning.model.config import TransformerConfig
+try:
+    from bov_lightning.model.layers import Linear
+except ImportError:
+    Linear = None
+if SCALE: from bov_lightning.model.layers import Linear
+
+SIGNS = "é{page}µ"; from bov_lightning.model.layers import Linear; import math
+
+
+class Doubled(InitialEmbeddingValue):
+    """Twice the initial embedding's value."""
+{page}
+    def forward(self, inputs, projection):
+        """(B, T, V)."""
+        from bov_lightning.model.layers import Linear; scale = SCALE
+        assert issubclass(Linear, torch.nn.Module) and len(SIGNS) == {n_sign}
+        return math.copysign(scale, 1) * super().forward(inputs, projection)
+
+
+def config(model: "TransformerConfig") -> str:
+    from bov_lightning.model.layers import Linear
+{page}
+def nothing(): return os.sep, sys.path
+'''
+
+
+@pytest.mark.parametrize("page", ["", "\f", "\n\f\n", "\x0b", "\x1c", "\x85", "\u2028"])
+def test_no_own_import_is_left_however_a_file_is_laid_out(page, workplace, monkeypatch):
+    """Page breaks are white space of Python, the others stand in strings; none ends a line."""
+    text = LAID_OUT.replace('"é{page}µ"', f'"é{page.strip(chr(10))}µ"')
+    text = text.format(page=page if "\f" in page else "", scale=2, n_sign=2 + bool(page))
+    (workplace / "laid_out.py").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(workplace))
+    __import__("laid_out")
+    model = perturb(make_model({"source": "laid_out.Doubled"}), 0.5)
+    write_checkpoint(workplace / "ours", 3, model.state_dict(), config_yaml(model.config))
+    assert export(workplace / "ours", workplace / "out") < 1e-4
+    code = (workplace / "out" / "modeling_bov.py").read_text(encoding="utf-8")
+    assert "import bov_lightning" not in code
+    assert "from bov_lightning" not in code
+    sys.modules.pop("laid_out", None)
+
+
+def test_the_networks_own_files_are_kept_line_by_line():
+    """What is taken out are whole lines; none of them is changed."""
+    from bov_lightning.interop import hf_source
+
+    for part in hf_source.PARTS:
+        code = inspect.getsource(part)
+        kept = hf_source._without(code, ast.parse(code)).split("\n")
+        remaining = iter(code.split("\n"))
+        assert all(line in remaining for line in kept)
