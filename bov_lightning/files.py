@@ -2,8 +2,9 @@
 
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,9 +27,26 @@ def aside_of(target: Path) -> Path:
     return target.with_name(f".{target.name}.partial")
 
 
+def _open_to_others(aside: Path) -> None:
+    """Gives the files in a directory the permissions that the umask leaves to new ones.
+
+    Libraries make theirs readable for their owner alone.
+    """
+    # The umask cannot be read without changing it for all threads; the directory shows it.
+    usual = stat.S_IMODE(aside.stat().st_mode) & 0o666
+    for path in aside.rglob("*"):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if path.is_file() and mode != mode | usual:
+            # Some network file systems know no modes.
+            with suppress(OSError):
+                path.chmod(mode | usual)
+
+
 def put_in_place(target: Path) -> None:
     """Makes what lies aside durable and renames it to ``target``, replacing what was there."""
     aside = aside_of(target)
+    if aside.is_dir():
+        _open_to_others(aside)
     for path in (*sorted(aside.rglob("*")), aside):
         _fsync(path)
     if target.is_dir():
