@@ -29,6 +29,8 @@ class Call(NamedTuple):
     starts: Tensor | None
     """(B, T) bool: tokens that start a text of their own."""
     past: BoVCache | None
+    continues: bool
+    """Whether the cache has a past: nothing then carries a gradient."""
 
     def as_given(self, x: Tensor) -> Tensor:
         """``x`` (B, T, C) in the order of the caller's columns."""
@@ -74,9 +76,9 @@ def read_call(
             "earlier call returned"
         )
     past = past_key_values
-    _refuse_others(others, token_ids, past)
     order, lengths = _padding(attention_mask, token_ids, past)
     starts = _starts(position_ids, token_ids, order, lengths)
+    _refuse_others(others, token_ids, past, starts)
     if starts is not None and (past is not None or use_cache):
         raise UserError(
             "position_ids start another text in the middle of a row, which a cache cannot "
@@ -91,7 +93,8 @@ def read_call(
         token_ids = token_ids.gather(1, order)
         if embedded is not None:
             embedded = embedded.gather(1, order[:, :, None].expand_as(embedded))
-    return Call(token_ids, embedded, order, lengths, starts, past)
+    continues = past is not None and past.is_initialized
+    return Call(token_ids, embedded, order, lengths, starts, past, continues)
 
 
 def _is_traced() -> bool:
@@ -143,7 +146,9 @@ def _tokens(
     return input_ids.long(), inputs_embeds
 
 
-def _refuse_others(others: dict[str, Any], token_ids: Tensor, past: BoVCache | None) -> None:
+def _refuse_others(
+    others: dict[str, Any], token_ids: Tensor, past: BoVCache | None, starts: Tensor | None
+) -> None:
     """Refuses what is not known, unless it says what holds anyway."""
     for name, value in others.items():
         if value is None or value is False:
@@ -154,10 +159,26 @@ def _refuse_others(others: dict[str, Any], token_ids: Tensor, past: BoVCache | N
             says_nothing = torch.equal(value.flatten(), expected)
         elif name == "token_type_ids":
             says_nothing = not bool(value.any())
+        elif name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+            says_nothing = value.tolist() == _boundaries(token_ids, starts)
+        elif name == "seq_idx":
+            changes = F.pad(value.diff(dim=1) != 0, (1, 0))
+            says_nothing = _boundaries(token_ids, changes) == _boundaries(token_ids, starts)
         else:
-            says_nothing = False
+            # Room for kernels that take the lengths of texts.
+            says_nothing = name in ("max_length_q", "max_length_k") and "cu_seq_lens_q" in others
         if not says_nothing:
-            raise UserError(f"{name} is nothing that this model takes: leave it out")
+            raise UserError(
+                f"{name} is nothing that this model takes, or other than position_ids say: "
+                "leave it out"
+            )
+
+
+def _boundaries(token_ids: Tensor, starts: Tensor | None) -> list[int]:
+    """Where the texts of all rows, one after the other, begin, and where the last one ends."""
+    begins = torch.zeros_like(token_ids, dtype=torch.bool) if starts is None else starts.clone()
+    begins[:, 0] = True
+    return [*begins.flatten().nonzero()[:, 0].tolist(), begins.numel()]
 
 
 def _padding(
@@ -207,21 +228,22 @@ def _starts(
     if position_ids.ndim != 2 or position_ids.shape[1] != n_token:
         raise UserError(f"position_ids is {tuple(position_ids.shape)}: ({n_row}, {n_token}) fits")
     positions = _in_order(position_ids, order, n_row)
-    jumps = positions[:, 1:] != positions[:, :-1] + 1
+    column = torch.arange(n_token, device=positions.device)
+    before = F.pad(positions, (1, 0))[:, :-1]
+    jumps = (positions != before + 1) & (column > 0)
     if lengths is not None:
-        jumps &= torch.arange(1, n_token, device=jumps.device) < lengths[:, None]
+        jumps &= column < lengths[:, None]
     if not _is_traced():
         if not bool(jumps.any()):
             return None
-        wrong = jumps & (positions[:, 1:] != 0)
+        wrong = jumps & (positions != 0)
         if bool(wrong.any()):
-            row, column = wrong.nonzero()[0].tolist()
+            row, at = wrong.nonzero()[0].tolist()
             raise UserError(
-                f"position_ids go from {int(positions[row, column])} to "
-                f"{int(positions[row, column + 1])} in row {row}: they count up by one, and 0 "
-                "starts another text"
+                f"position_ids go from {int(before[row, at])} to {int(positions[row, at])} in row "
+                f"{row}: they count up by one, and 0 starts another text"
             )
-    return F.pad(jumps, (1, 0), value=False)
+    return jumps
 
 
 def _in_order(position_ids: Tensor, order: Tensor | None, n_row: int) -> Tensor:

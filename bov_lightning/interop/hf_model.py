@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -23,6 +23,7 @@ from bov_lightning.interop.hf_cache import BoVCache
 from bov_lightning.interop.hf_vocabulary import resize_vocabulary
 from bov_lightning.model.config import TransformerConfig, ValueConfig
 from bov_lightning.model.layers import rms_norm
+from bov_lightning.model.loss import SOFTCAP
 from bov_lightning.model.transformer import Transformer
 
 MODULE = "modeling_bov"
@@ -46,6 +47,7 @@ class BoVConfig(PreTrainedConfig):
 
     model_type = "bov"
     use_cache = True
+    final_logit_softcapping = SOFTCAP
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {
         "hidden_size": "d_model",
@@ -74,6 +76,31 @@ class BoVConfig(PreTrainedConfig):
         return TransformerConfig(**shape, value=ValueConfig(**self.value))
 
 
+class VocabularyRows(nn.Module):
+    """The head's weight without its padding, where a linear layer would have it.
+
+    A module without parameters of its own, for those who compute the loss themselves: their logits
+    need ``final_logit_softcapping`` of the configuration.
+    """
+
+    bias = None
+
+    def __init__(self, network: Transformer):
+        super().__init__()
+        # A tuple hides a borrowed module from PyTorch.
+        self._network = (network,)
+
+    @property
+    def weight(self) -> Tensor:
+        """(vocab_size, C)."""
+        (network,) = self._network
+        return network.head.weight[: network.config.vocab_size]
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """Soft-capped logits of normed hidden states."""
+        return self._network[0].head(x_BTC, None, "mean")
+
+
 class BoVPreTrainedModel(PreTrainedModel):
     """What both models have: the network, its embedding, and how they are called and saved."""
 
@@ -92,6 +119,7 @@ class BoVPreTrainedModel(PreTrainedModel):
     def __init__(self, config: BoVConfig):
         super().__init__(config)
         self.model = Transformer(config.transformer_config())
+        self.vocabulary = VocabularyRows(self.model)
         self.post_init()
 
     def _init_weights(self, module) -> None:
@@ -113,7 +141,8 @@ class BoVPreTrainedModel(PreTrainedModel):
         self.model.embedding = value
 
     def get_output_embeddings(self):
-        """None: the head is no linear layer."""
+        """What has the head's weight; the head itself is no linear layer."""
+        return self.vocabulary
 
     def resize_token_embeddings(
         self,
@@ -218,6 +247,11 @@ class BoVModel(BoVPreTrainedModel):
         model.model.head.requires_grad_(False)
         return loaded
 
+    @property
+    def base_model(self) -> "BoVModel":
+        """Itself."""
+        return self
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -249,6 +283,14 @@ class BoVForCausalLM(BoVPreTrainedModel, GenerationMixin):
     """`Transformer` for `transformers`: padding on either side, labels, caches, generation."""
 
     accepts_loss_kwargs = True
+
+    @property
+    def base_model(self) -> BoVModel:
+        """The same network up to its hidden states."""
+        seen = BoVModel.__new__(BoVModel)
+        nn.Module.__init__(seen)
+        seen.config, seen.model, seen.training = self.config, self.model, self.training
+        return seen
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -327,6 +369,8 @@ class BoVForCausalLM(BoVPreTrainedModel, GenerationMixin):
                 positions = call.order.argsort(1).gather(1, positions)
             x_BTC = x_BTC.gather(1, positions[:, :, None].expand(-1, -1, x_BTC.shape[2]))
         logits = self.model.head(rms_norm(x_BTC), None, "mean")
+        # The head alone must not seem to be trained.
+        logits = logits.detach() if call.continues else logits
         loss = None
         if labels is not None and shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]

@@ -180,8 +180,10 @@ def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Mask) -> Tensor
         return _attend_in_window(q_BHTD, k_BKTD, v_BKTD, mask, how)
     if not isinstance(mask, Tensor | None):
         return _compiled_flex_attention()(q_BHTD, k_BKTD, v_BKTD, block_mask=mask, **how)
-    # A plain bool: lengths are symbols while a graph of any length is exported.
-    is_causal = mask is None and bool(q_BHTD.shape[2] == k_BKTD.shape[2])
+    is_causal = False
+    # Decided here: lengths are symbols while a graph of any length is exported.
+    if mask is None and q_BHTD.shape[2] == k_BKTD.shape[2]:
+        is_causal = True
     return F.scaled_dot_product_attention(
         q_BHTD, k_BKTD, v_BKTD,
         attn_mask=mask, is_causal=is_causal, **how,

@@ -48,7 +48,7 @@ class Smear(nn.Module):
         """
         if previous_B1C is None:
             previous_B1C = torch.zeros_like(x_BTC[:, :1])
-        previous_BTC = torch.cat((previous_B1C, x_BTC[:, :-1]), dim=1)
+        previous_BTC = torch.cat((previous_B1C, x_BTC), dim=1)[:, :-1]
         gate = self.strength * torch.sigmoid(F.linear(x_BTC[..., : self.n_channel], self.gate))
         if starts_BT is not None:
             gate = gate.masked_fill(starts_BT[..., None], 0)
