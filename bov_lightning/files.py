@@ -6,6 +6,7 @@ import glob
 import os
 import shutil
 import socket
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -64,8 +65,25 @@ def _remove_abandoned(target: Path) -> None:
                 remove(path)
 
 
+def _open_to_others(aside: Path) -> None:
+    """Gives the files in a directory the permissions that the umask leaves to new ones.
+
+    Libraries make theirs readable for their owner alone.
+    """
+    # The umask cannot be read without changing it for all threads; the directory shows it.
+    usual = stat.S_IMODE(aside.stat().st_mode) & 0o666
+    for path in aside.rglob("*"):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if path.is_file() and mode != mode | usual:
+            # Some network file systems know no modes.
+            with contextlib.suppress(OSError):
+                path.chmod(mode | usual)
+
+
 def put_in_place(aside: Path, target: Path) -> None:
     """Makes what lies aside durable and renames it to ``target``, replacing what was there."""
+    if aside.is_dir():
+        _open_to_others(aside)
     for path in (*sorted(aside.rglob("*")), aside):
         _fsync(path)
     old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.old")

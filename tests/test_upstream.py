@@ -36,7 +36,10 @@ PARTS = [
     "torch.utils._python_dispatch:TorchDispatchMode._should_skip_dynamo",
     # transformers: interop/hf_model.py
     "transformers:GenerationMixin._prepare_cache_for_generation",
+    "transformers:GenerationMixin._prepare_position_ids_for_generation",
     "transformers:PreTrainedModel._init_weights",
+    "transformers:PreTrainedModel._is_stateful",
+    "transformers:PreTrainedModel._set_gradient_checkpointing",
     # lm-eval: evaluation/scorer.py, evaluation/runner.py
     "lm_eval.api.task:Task.apply_filters",
     "lm_eval.api.task:Task.doc_iterator",

@@ -11,11 +11,10 @@ from bov_lightning.checkpoint.directory import TOKENIZER, find_checkpoint, read_
 from bov_lightning.checkpoint.reading import load_checkpoint, not_finite
 from bov_lightning.errors import UserError
 from bov_lightning.files import refuse_filled, write_directory
-from bov_lightning.interop.hf_import import WEIGHTS
-from bov_lightning.interop.hf_model import BoVConfig
-from bov_lightning.interop.hf_source import MODULE, import_module, modelling_source
+from bov_lightning.interop.hf_import import WEIGHTS, write_modelling_file
+from bov_lightning.interop.hf_model import AUTO_MAP, BoVConfig
+from bov_lightning.interop.hf_source import import_module
 from bov_lightning.model.config import TransformerConfig
-from bov_lightning.model.lookup import source_class
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.run.directory import RunDirectory
 from bov_lightning.version import __version__
@@ -31,10 +30,7 @@ def hf_config(shape: TransformerConfig, **more: Any) -> BoVConfig:
         **asdict(shape),
         max_context=shape.max_context,
         architectures=["BoVForCausalLM"],
-        auto_map={
-            "AutoConfig": f"{MODULE}.BoVConfig",
-            "AutoModelForCausalLM": f"{MODULE}.BoVForCausalLM",
-        },
+        auto_map=dict(AUTO_MAP),
         **more,
     )
 
@@ -71,10 +67,10 @@ def export(path: str | Path, output: Path, dtype: torch.dtype = torch.float32) -
     differences = []
 
     def write(aside: Path) -> None:
-        hf_config(model.config, dtype=dtype, training_step=step, **special).save_pretrained(aside)
+        config = hf_config(model.config, dtype=dtype, training_step=step, **special)
+        config.save_pretrained(aside)
         GenerationConfig(**special | ends).save_pretrained(aside)
-        source = source_class(model.config.value.source)
-        (aside / f"{MODULE}.py").write_text(modelling_source(source), encoding="utf-8")
+        write_modelling_file(aside, config)
         if tokenizer is not None:
             _write_tokenizer(checkpoint / TOKENIZER, aside)
         weights = {f"model.{name}": t.contiguous() for name, t in model.state_dict().items()}
@@ -99,7 +95,7 @@ def _difference(model: Transformer, directory: Path) -> float:
     generator = torch.Generator().manual_seed(0)
     size = (2, min(2 * model.config.sequence_len, 256))
     ids = torch.randint(0, model.config.vocab_size, size, generator=generator)
-    whole = (found(ids).logits - model(ids)).abs().max()
+    whole = (found(ids, use_cache=False).logits - model(ids)).abs().max()
     theirs = found(ids, use_cache=True).logits
     ours = model(ids, cache=model.new_cache(*size))
     return max(float(whole), float((theirs - ours).abs().max()))

@@ -7,16 +7,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from bov_lightning.checkpoint.placement import place
 from bov_lightning.checkpoint.reading import load_weights
 from bov_lightning.checkpoint.writing import config_yaml, write_checkpoint
 from bov_lightning.errors import UserError
 from bov_lightning.files import refuse_filled
-from bov_lightning.interop.hf_model import BoVConfig, BoVForCausalLM
+from bov_lightning.interop.hf_model import (
+    MODULE,
+    BoVConfig,
+    BoVForCausalLM,
+    BoVModel,
+    BoVPreTrainedModel,
+)
+from bov_lightning.interop.hf_source import modelling_source
 from bov_lightning.model.config import TransformerConfig
 from bov_lightning.model.counting import meta_model
+from bov_lightning.model.lookup import source_class
 from bov_lightning.model.transformer import Transformer
 from data_modules.tokenizer import (
     own_settings,
@@ -114,6 +122,14 @@ def import_hf(directory: Path, output: Path) -> TransformerConfig:
 
 
 def register() -> None:
-    """Has `AutoModelForCausalLM.from_pretrained` read exports without remote code."""
+    """Has the auto classes read exports without remote code, and write them whole."""
     AutoConfig.register(BoVConfig.model_type, BoVConfig, exist_ok=True)
+    AutoModel.register(BoVConfig, BoVModel, exist_ok=True)
     AutoModelForCausalLM.register(BoVConfig, BoVForCausalLM, exist_ok=True)
+    BoVPreTrainedModel.write_code = staticmethod(write_modelling_file)
+
+
+def write_modelling_file(directory: Path, config: BoVConfig) -> None:
+    """The code of a model as one file beside its weights."""
+    code = modelling_source(source_class(config.transformer_config().value.source))
+    (directory / f"{MODULE}.py").write_text(code, encoding="utf-8")

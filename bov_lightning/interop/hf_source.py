@@ -13,7 +13,8 @@ from types import ModuleType
 
 from bov_lightning import errors, kinds
 from bov_lightning.errors import UserError
-from bov_lightning.interop import hf_model
+from bov_lightning.interop import hf_arguments, hf_cache, hf_model, hf_vocabulary
+from bov_lightning.interop.hf_model import MODULE
 from bov_lightning.model import (
     attention,
     cache,
@@ -34,10 +35,9 @@ from bov_lightning.model.values import BankOfValues, ValueSource
 from bov_lightning.text import lines
 from bov_lightning.version import __version__
 
-MODULE = "modeling_bov"
 PARTS = (
     errors, kinds, matmul, layers, lookup, config, attention, kernels, decode, values, loss,
-    offload, cache, transformer, prefill, hf_model,
+    offload, cache, transformer, prefill, hf_cache, hf_arguments, hf_vocabulary, hf_model,
 )  # fmt: skip
 """The files of the network, each after those that it imports."""
 

@@ -69,13 +69,18 @@ Mask = Union[Tensor, "BlockMask", int, None]
 FlexAttention's form of it on CUDA; a window, in tokens; None for plain causal attention."""
 
 
+def _band(n_token: int, window: int, device: torch.device) -> Tensor:
+    """(T, T) bool: what each token sees of a window."""
+    position = torch.arange(n_token, device=device)
+    distance = position[:, None] - position
+    return (distance >= 0) & (distance <= window)
+
+
 @lru_cache(maxsize=8)
 def _window_mask(n_token: int, window: int, device: torch.device) -> Tensor:
     # Validation runs in inference mode; a mask born there could not be used in training.
     with torch.inference_mode(False):
-        position = torch.arange(n_token, device=device)
-        distance = position[:, None] - position
-        return (distance >= 0) & (distance <= window)
+        return _band(n_token, window, device)
 
 
 def _create_block_mask(*args, **kwargs) -> "BlockMask":
@@ -104,19 +109,28 @@ def _document_block_mask(document_BT: Tensor, window: int) -> "BlockMask":
 
 
 def make_masks(
-    windows: list[int | None], token_ids_BT: Tensor, document_start: int | None
+    windows: list[int | None],
+    token_ids_BT: Tensor,
+    document_start: int | None,
+    starts_BT: Tensor | None = None,
 ) -> dict[int | None, Mask]:
     """The mask of each window: a token sees itself and ``window`` tokens to its left.
 
-    With ``document_start``, it sees none from before the last such token.
+    With ``document_start``, it sees none from before the last such token; with ``starts_BT`` (bool)
+    none from before the last token where that is True.
     """
     n_token, device = token_ids_BT.shape[1], token_ids_BT.device
+    if document_start is not None:
+        own_BT = token_ids_BT == document_start
+        starts_BT = own_BT if starts_BT is None else own_BT | starts_BT
+    document_BT = None if starts_BT is None else starts_BT.cumsum(1)
+    if torch.compiler.is_exporting():
+        return _masks_of_any_length(windows, document_BT, n_token, device)
     flex = device.type == "cuda"
     masks: dict[int | None, Mask] = {}
     for window in set(windows):
         reach = n_token - 1 if window is None else min(window, n_token - 1)
-        if document_start is not None:
-            document_BT = (token_ids_BT == document_start).cumsum(1)
+        if document_BT is not None:
             if flex:
                 masks[window] = _document_block_mask(document_BT, reach)
             else:
@@ -126,6 +140,22 @@ def make_masks(
             masks[window] = None
         else:
             masks[window] = _window_block_mask(n_token, reach, device) if flex else reach
+    return masks
+
+
+def _masks_of_any_length(
+    windows: list[int | None], document_BT: Tensor | None, n_token: int, device: torch.device
+) -> dict[int | None, Mask]:
+    """`make_masks` for `torch.export`, whose graph must not depend on how long the text is."""
+    masks: dict[int | None, Mask] = {}
+    for window in set(windows):
+        if window is None and document_BT is None:
+            masks[window] = None
+            continue
+        masks[window] = _band(n_token, n_token if window is None else window, device)
+        if document_BT is not None:
+            same_BTT = document_BT[:, :, None] == document_BT[:, None]
+            masks[window] = (same_BTT & masks[window])[:, None]
     return masks
 
 
@@ -150,9 +180,13 @@ def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Mask) -> Tensor
         return _attend_in_window(q_BHTD, k_BKTD, v_BKTD, mask, how)
     if not isinstance(mask, Tensor | None):
         return _compiled_flex_attention()(q_BHTD, k_BKTD, v_BKTD, block_mask=mask, **how)
+    is_causal = False
+    # Decided here: lengths are symbols while a graph of any length is exported.
+    if mask is None and q_BHTD.shape[2] == k_BKTD.shape[2]:
+        is_causal = True
     return F.scaled_dot_product_attention(
         q_BHTD, k_BKTD, v_BKTD,
-        attn_mask=mask, is_causal=mask is None and q_BHTD.shape[2] > 1, **how,
+        attn_mask=mask, is_causal=is_causal, **how,
     )  # fmt: skip
 
 

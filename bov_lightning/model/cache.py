@@ -53,8 +53,9 @@ class Span:
         start, end = max(step.before), max(step.after)
         self.wraps = end > self.capacity
         # A ring forgets old keys that the first of several new tokens still see: these attend to
-        # the old ones and the new ones side by side.
-        self.joins = step.n_token > 1 and (start == 0 or self.wraps)
+        # the old ones and the new ones side by side. Without a past they are all there is, and what
+        # was not kept yet carries gradients.
+        self.joins = start == 0 or (step.n_token > 1 and self.wraps)
         self.n_read = min(start if self.joins else end, self.capacity)
         for name in ("key_positions", "mask", "token_ids"):
             self.__dict__.pop(name, None)
@@ -146,12 +147,11 @@ class Store:
         """
         if self._step is not self.span.step:
             self._step = self.span.step
-            x_BTKD = x_BTKD.detach()
             if self.span.joins:
                 new = x_BTKD.transpose(1, 2).to(self.kept.dtype)
                 old = self.span.read(self.kept)
                 self._joined = torch.cat((old, new), dim=2) if old.shape[2] else new
-            self.span.write(self.kept, x_BTKD)
+            self.span.write(self.kept, x_BTKD.detach())
         return self._joined if self.span.joins else self.span.read(self.kept)
 
     def release(self) -> None:
@@ -340,14 +340,16 @@ class Cache:
             for rows in self.rows.values():
                 rows.prefetch(new_ids)
 
-    def select(self, rows: "Tensor | list[int]") -> "Cache":
-        """An independent cache whose row i continues this one's row ``rows[i]``."""
+    def select(self, rows: "Tensor | list[int]", max_context: int | None = None) -> "Cache":
+        """An independent cache whose row i continues this one's row ``rows[i]``.
+
+        ``max_context``: room that it has, at least this one's; as much if not given.
+        """
         index = torch.as_tensor(rows, dtype=torch.int64, device=self.device)
         if not all(0 <= row < self.batch_size for row in index.tolist()):
             raise UserError(f"rows {index.tolist()} are not rows of a cache of {self.batch_size}")
-        chosen = Cache(
-            self.config, self._blocks, len(index), self.max_context, self.dtype, self.device
-        )
+        room = max_context or self.max_context
+        chosen = Cache(self.config, self._blocks, len(index), room, self.dtype, self.device)
         chosen._lengths = [self._lengths[row] for row in index.tolist()]
         chosen.lengths, chosen.previous_B1C = self.lengths[index], self.previous_B1C[index]
         used = max(self._lengths)
@@ -359,6 +361,11 @@ class Cache:
             chosen.slots = self.slots.copy()
             chosen.rows = {table: rows.copy() for table, rows in self.rows.items()}
         return chosen
+
+    def __deepcopy__(self, memo: dict) -> "Cache":
+        """An independent cache of the same model, whose weights are not copied."""
+        memo[id(self)] = copied = self.select(range(self.batch_size))
+        return copied
 
     @property
     def nbytes_per_layer(self) -> list[int]:

@@ -4,6 +4,7 @@ PyTorch multiplies fp32 matrices on x86 with MKL, which runs its 256-bit kernels
 even where these have 512-bit ones. oneDNN, which PyTorch carries too, uses what there is.
 """
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -44,10 +45,14 @@ def _multiply_by_onednn(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
-# The compiler takes oneDNN's own operator for constant weights only. The file of an exported model
-# holds this code too and needs an operator of its own.
+OPERATORS = f"bov_{hashlib.sha256(__name__.encode()).hexdigest()[:16]}"
+"""Where this module's operator is registered. The file of an exported model holds this code too and
+needs one of its own; its module may be called after any folder, so the name itself is none."""
+
+
+# The compiler takes oneDNN's own operator for constant weights only.
 @torch.library.custom_op(
-    f"{__name__.replace('.', '_')}::multiply", mutates_args=(), tags=(torch.Tag.flexible_layout,)
+    f"{OPERATORS}::multiply", mutates_args=(), tags=(torch.Tag.flexible_layout,)
 )
 def _multiply_when_compiled(x: Tensor, weight: Tensor) -> Tensor:
     return _multiply_by_onednn(x, weight)
@@ -67,6 +72,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         and _is_fp32_on_cpu(x)
         and _is_fp32_on_cpu(weight)
         and not torch.is_autocast_enabled("cpu")
+        # What is exported runs where this module is not: it holds torch's operators alone.
+        and not torch.compiler.is_exporting()
     ):
         return _Linear.apply(x, weight)
     return F.linear(x, weight)

@@ -3,6 +3,8 @@
 Shapes: B batch, T time, C = d_model, V = padded vocabulary.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,7 +48,7 @@ class Smear(nn.Module):
         """
         if previous_B1C is None:
             previous_B1C = torch.zeros_like(x_BTC[:, :1])
-        previous_BTC = torch.cat((previous_B1C, x_BTC[:, :-1]), dim=1)
+        previous_BTC = torch.cat((previous_B1C, x_BTC), dim=1)[:, :-1]
         gate = self.strength * torch.sigmoid(F.linear(x_BTC[..., : self.n_channel], self.gate))
         if starts_BT is not None:
             gate = gate.masked_fill(starts_BT[..., None], 0)
@@ -68,6 +70,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each on the normed residual stream."""
 
+    recompute: Callable | None = None
+    """What runs the block in training so as to keep less of it, as torch.utils.checkpoint does;
+    called with the block and its arguments."""
+
     def __init__(self, config: TransformerConfig, values: LayerValues, window: int | None):
         super().__init__()
         self.window = window
@@ -85,14 +91,16 @@ class Block(nn.Module):
 class WholeText:
     """What `Cache` is to new tokens of a text, for a text that is given whole: it has no past."""
 
-    def __init__(self, config: TransformerConfig):
+    def __init__(self, config: TransformerConfig, starts_BT: Tensor | None = None):
+        """``starts_BT`` as in `Transformer.stream`."""
         self.config, self.layers = config, [None] * config.n_layer
+        self.starts_BT = starts_BT
         self.masks: dict[int | None, Mask] = {}
 
     def begin(self, token_ids_BT: Tensor, lengths: None) -> Tensor:
         """The positions of the tokens, (T,)."""
         start = self.config.document_start
-        self.masks = make_masks(self.config.windows, token_ids_BT, start)
+        self.masks = make_masks(self.config.windows, token_ids_BT, start, self.starts_BT)
         return torch.arange(token_ids_BT.shape[1], device=token_ids_BT.device)
 
     def take_previous(self, x_BTC: Tensor) -> None:
@@ -168,22 +176,47 @@ class Transformer(nn.Module):
             positions_BP: (B, P) int64: which of the T positions to compute logits of, so that the
                 result is (B, P, vocab_size). None: all.
         """
-        config, start = self.config, self.config.document_start
-        text = WholeText(config) if cache is None else cache
+        x_BTC = self.stream(token_ids_BT, cache=cache, lengths=lengths)
+        if positions_BP is not None:
+            x_BTC = x_BTC.gather(1, positions_BP[:, :, None].expand(-1, -1, self.config.d_model))
+        return self.head(rms_norm(x_BTC), targets_BT, reduction)
+
+    def stream(
+        self, token_ids_BT: Tensor, *, cache: Cache | None = None, lengths: Tensor | None = None,
+        embedded_BTC: Tensor | None = None, starts_BT: Tensor | None = None,
+        states: list[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The residual stream after the last block, (B, T, C), not normed yet.
+
+        Args:
+            token_ids_BT: as in `forward`, and so are ``cache`` and ``lengths``.
+            embedded_BTC: stands for the embedding of ``token_ids_BT``.
+            starts_BT: bool, without a cache: True at tokens that start a text of their own, which
+                sees nothing of what stands before it in the row.
+            states: a list to which the stream before each block and after the last is appended.
+        """
+        config = self.config
+        text = WholeText(config, starts_BT) if cache is None else cache
         rotary = rotary_angles_at(text.begin(token_ids_BT, lengths), config.head_dim)
         masks = text.masks
-        starts_BT = None if start is None else token_ids_BT == start
-        x_BTC = rms_norm(self.embedding(token_ids_BT))
+        if config.document_start is not None:
+            own_BT = token_ids_BT == config.document_start
+            starts_BT = own_BT if starts_BT is None else own_BT | starts_BT
+        x_BTC = rms_norm(self.embedding(token_ids_BT) if embedded_BTC is None else embedded_BTC)
         x_BTC = x0_BTC = self.smear(x_BTC, starts_BT, text.take_previous(x_BTC))
         first_value = None
         for block, past in zip(self.blocks, text.layers, strict=True):
+            if states is not None:
+                states.append(x_BTC)
             mask = masks[block.window]
-            x_BTC, value = block(x_BTC, x0_BTC, token_ids_BT, first_value, rotary, mask, past)
+            again = past is None and block.recompute is not None and torch.is_grad_enabled()
+            run = partial(block.recompute, block) if again else block
+            x_BTC, value = run(x_BTC, x0_BTC, token_ids_BT, first_value, rotary, mask, past)
             first_value = value if first_value is None else first_value
         text.finish()
-        if positions_BP is not None:
-            x_BTC = x_BTC.gather(1, positions_BP[:, :, None].expand(-1, -1, config.d_model))
-        return self.head(rms_norm(x_BTC), targets_BT, reduction)
+        if states is not None:
+            states.append(x_BTC)
+        return x_BTC
 
     def new_cache(
         self, batch_size: int, max_context: int, dtype: torch.dtype | None = None

@@ -56,6 +56,8 @@ class ValueSource(nn.Module):
     """Whether one instance can serve all target layers."""
     gateable: ClassVar[bool] = False
     """Whether coefficient: gate makes sense."""
+    reads_token_ids: ClassVar[bool] = True
+    """Whether values depend on token ids, so that embeddings alone are not enough."""
     value_cache: ClassVar[bool] = True
     """Whether decoding must keep the layer's own values. False: `reserve` and `attend_past` say
     what it keeps instead."""
@@ -106,6 +108,7 @@ class ContextValue(ValueSource, name="context"):
 
     n_projection = 1
     is_context = True
+    reads_token_ids = False
 
     def forward(self, inputs, projection):
         return projection(inputs.x)
@@ -115,6 +118,7 @@ class FirstLayerValue(ValueSource, name="first_layer"):
     """The value that the first layer computed."""
 
     skips_first_layer = True
+    reads_token_ids = False
     value_cache = False
 
     def forward(self, inputs, projection):
@@ -132,6 +136,7 @@ class InitialEmbeddingValue(ValueSource, name="initial_embedding"):
     """The layer's own W_V applied to the initial token embedding, normed once more."""
 
     n_projection = 1
+    reads_token_ids = False
 
     def forward(self, inputs, projection):
         return projection(rms_norm(inputs.x0))

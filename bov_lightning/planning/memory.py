@@ -240,7 +240,7 @@ def _as_on_cuda() -> Iterator[None]:
     Fake tensors could say that they are on a GPU, but FSDP2 asks it for streams.
     """
 
-    def no_masks(windows: list[int | None], token_ids: Tensor, document_start: int | None) -> dict:
+    def no_masks(windows: list[int | None], *what_is_hidden) -> dict:
         # What FlexAttention keeps is what attention without a mask keeps.
         return dict.fromkeys(windows)
 
