@@ -109,7 +109,7 @@ class Corpus:
         return {
             "source": type(self.source).__name__,
             "fingerprint": fingerprint or self.source.fingerprint(),
-            "tokenizer": {"hash": tokenizer_hash(own.path)} if own.path else asdict(own),
+            "tokenizer": {"hash": _hash_of(own.path)} if own.path else asdict(own),
             "packing": asdict(self.packing),
             "sequence_len": self.sequence_len,
             "n_shard": self.n_shard,
@@ -329,7 +329,7 @@ class Corpus:
         write_file(self._shard_file(split, index, n_shard, ".json"), text)
 
     def _write_manifest(self) -> None:
-        tokenizer = read_tokenizer(self.tokenizer_directory)
+        tokenizer = packing_tokenizer(self.tokenizer_directory)
         shards: dict[str, list] = {split: [] for split in self.splits}
         for split, index, n_shard in self.shards():
             name = self._shard_file(split, index, n_shard, ".bin").name
@@ -344,7 +344,7 @@ class Corpus:
             "settings": self.settings(),
             "dtype": token_dtype(tokenizer).name,
             "vocab_size": tokenizer.get_vocab_size(),
-            "tokenizer_hash": tokenizer_hash(self.tokenizer_directory),
+            "tokenizer_hash": _hash_of(self.tokenizer_directory),
             "shards": shards,
         }
         text = json.dumps(manifest, indent=1) + "\n"
@@ -456,6 +456,18 @@ def packing_tokenizer(directory: Path) -> Tokenizer:
 @lru_cache(maxsize=1)
 def _read_once(directory: Path, changed: int) -> Tokenizer:
     return read_tokenizer(directory)
+
+
+_hashes: dict[str, str] = {}
+
+
+def _hash_of(directory: str | Path) -> str:
+    """`tokenizer_hash`, worked out once for the same files: reading them as JSON takes a while."""
+    files = sorted(path for path in Path(directory).glob("*.json") if path.is_file())
+    key = " ".join(f"{path.name} {_sha256(path)}" for path in files)
+    if key not in _hashes:
+        _hashes[key] = tokenizer_hash(directory)
+    return _hashes[key]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
