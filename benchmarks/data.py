@@ -117,26 +117,48 @@ def main() -> None:
             corpus.prepare(processes=cores)
             shutil.rmtree(folder / "again")
 
-        cpu: dict[str, list[float]] = {"tokenizer": [], "prepare": []}
+        stream = Corpus(
+            folder / "stream", source, own_tokenizer, PackingConfig("concat", 64),
+            options.sequence_len, splits=(),
+        )  # fmt: skip
+        stream.prepare()
+        # The whole text once, after a warm-up that lets the worker processes start.
+        n_step, n_warm = n_token // (64 * options.sequence_len), 3
+        streamed: list[float] = []
+
+        def read_stream() -> None:
+            iterator = iter(StreamingRows(stream, 64, 1, n_step, 16, cores, 0, 1))
+            for _ in range(n_warm):
+                next(iterator)
+            started = time.perf_counter()
+            for _ in range(n_step - n_warm):
+                next(iterator)
+            streamed.append(time.perf_counter() - started)
+            iterator.close()
+
+        spent: dict[str, list[float]] = {}
 
         def counted(name: str, action: Callable[[], object]) -> Callable[[], None]:
             def run() -> None:
                 before = sum(os.times()[:4])
                 action()
-                cpu[name].append(sum(os.times()[:4]) - before)
+                spent.setdefault(name, []).append(sum(os.times()[:4]) - before)
 
             return run
 
-        seconds |= side_by_side(
-            {"tokenizer": counted("tokenizer", tokenize), "prepare": counted("prepare", prepare)},
-            options.repeats,
-        )
+        actions = {"tokenizer": tokenize, "prepare": prepare, "streaming": read_stream}
+        actions = {name: counted(name, action) for name, action in actions.items()}
+        seconds |= side_by_side(actions, options.repeats)
+        seconds["streaming"] = float(np.median(streamed))
         ratios["prepare_vs_tokenizer"] = seconds["tokenizer"] / seconds["prepare"]
-        for name, spent in cpu.items():
-            seconds[f"{name}_of_all_cores"] = float(np.median(spent))
-        ratios["prepare_vs_tokenizer_of_all_cores"] = (
-            seconds["tokenizer_of_all_cores"] / seconds["prepare_of_all_cores"]
-        )
+        per_s = (n_step - n_warm) * 64 * options.sequence_len / seconds["streaming"]
+        ratios["streaming_vs_tokenizer"] = per_s / (n_token / seconds["tokenizer"])
+        for name in actions:
+            seconds[f"{name}_of_all_cores"] = float(np.median(spent[name]))
+            ratios[f"{name}_vs_tokenizer_of_all_cores"] = (
+                seconds["tokenizer_of_all_cores"] / seconds[f"{name}_of_all_cores"]
+            )
+        del ratios["tokenizer_vs_tokenizer_of_all_cores"]
 
         rows = first.open_rows("train", first.read_manifest())
         n_batch = min(2000, len(rows))
@@ -147,34 +169,6 @@ def main() -> None:
 
         seconds["loader"] = median_seconds(load, max(1, options.repeats))
         rates["loader_tokens_per_s"] = n_batch * 16 * options.sequence_len / seconds["loader"]
-
-        stream = Corpus(
-            folder / "stream", source, own_tokenizer, PackingConfig("concat", 64),
-            options.sequence_len, splits=(),
-        )  # fmt: skip
-        stream.prepare()
-        # The whole text once, after a warm-up that lets the worker processes start.
-        n_step, n_warm = n_token // (64 * options.sequence_len), 3
-
-        def read_stream() -> float:
-            iterator = iter(StreamingRows(stream, 64, 1, n_step, 16, cores, 0, 1))
-            for _ in range(n_warm):
-                next(iterator)
-            started = time.perf_counter()
-            for _ in range(n_step - n_warm):
-                next(iterator)
-            passed = time.perf_counter() - started
-            iterator.close()
-            return passed
-
-        passed = []
-        beside = side_by_side(
-            {"tokenizer": tokenize, "stream": lambda: passed.append(read_stream())},
-            options.repeats,
-        )
-        seconds["streaming"] = streamed = float(np.median(passed))
-        per_s = (n_step - n_warm) * 64 * options.sequence_len / streamed
-        ratios["streaming_vs_tokenizer"] = per_s / (n_token / beside["tokenizer"])
 
         memory = {
             "resident_growth_mb_x1": resident_after_reading(first, 1, folder),

@@ -236,7 +236,9 @@ class Corpus:
             task = progress.add_task("pack", total=len(pending), rate="")
             taken = context.Value("q", 0)
             if processes == 1:
-                self._pack_what_is_left(pending, None, (shared, taken), lambda: show(progress, task))
+                self._pack_what_is_left(
+                    pending, None, (shared, taken), lambda: show(progress, task)
+                )
                 return
             # This process packs too, since it need not start first.
             pool = ProcessPoolExecutor(

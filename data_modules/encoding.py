@@ -26,15 +26,14 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from threading import Lock
 from typing import Any
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-GPT2_PATTERN = (
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-)
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """How a ByteLevel pre-tokenizer splits by itself."""
 
 UTF8_BYTES = frozenset(range(256)) - {0xC0, 0xC1, *range(0xF5, 0x100)}
@@ -120,7 +119,7 @@ def _ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], np.ndarray]:
     if lacking:
         raise UnsuitedError(f"its vocabulary lacks {len(lacking)} of the bytes")
     # What no byte has becomes a character that latin-1 has not.
-    table = {code: "\uffff" for code in range(256)} | {ord(c): chr(b) for c, b in alphabet.items()}
+    table = dict.fromkeys(range(256), "\uffff") | {ord(c): chr(b) for c, b in alphabet.items()}
 
     def bytes_of(token: str) -> bytes | None:
         try:
@@ -158,7 +157,7 @@ def _last_pair(token: str, order: dict[tuple[str, str], int]) -> tuple[str, str]
     """The pair that a token's characters are before they are one token."""
     parts = list(token)
     while len(parts) > 2:
-        pairs = [order.get(pair, len(order)) for pair in zip(parts, parts[1:], strict=False)]
+        pairs = [order.get(pair, len(order)) for pair in pairwise(parts)]
         i = pairs.index(min(pairs))
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts[0], parts[1]
@@ -193,6 +192,8 @@ class _Pattern:
     QUANTIFIER = re.compile(r"[?*+]\+?|\{(\d+)(?:,\d*)?\}")
     PLAIN = re.compile(r"[^\\^$.|?*+()\[\]{}]")
     IN_CLASS = re.compile(r"[^\\^\[\]&~-]")
+    RANGE = re.compile(r"[A-Za-z]-[A-Za-z]|[0-9]-[0-9]")
+    LAST_DASH = re.compile(r"-(?=\])")
 
     def __init__(self, source: str):
         """
@@ -284,9 +285,9 @@ class _Pattern:
             begin = self.at
             if not folding and (found := self._take(self.PROPERTY)):
                 self.properties[found[0]] = None
-            elif not folding and self._take(re.compile(r"[A-Za-z]-[A-Za-z]|[0-9]-[0-9]")):
+            elif (not folding and self._take(self.RANGE)) or self._take(self.ESCAPE):
                 pass
-            elif self._take(self.ESCAPE) or self._take(re.compile(r"-(?=\])")):
+            elif self._take(self.LAST_DASH):
                 pass
             elif not (found := self._take(self.IN_CLASS)) or (folding and not found[0].isascii()):
                 self.at = begin
@@ -485,10 +486,11 @@ def trial_texts(added: Sequence[str]) -> list[str]:
     blanks = " \t\n\r\x0b\x0c\x1c\x85\xa0\u1680\u2003\u2028\u2029\u202f\u205f\u3000\u180e\u200b"
     words = "don't DON'T we'll We'LL they've I'm I'D it's 'S 'sx 'llama o'clock ’s 'ſ 'K x'ré"
     numbers = "1 12 123 1234567890 3.14 1,000 x1y22z333 ٣٤٥ १२३ Ⅷ ½ ² 1e-5"
-    signs = "a+=b; !! ?! ... ---- ==== (x) [y] {z} <|x|> #$%&*@^_`~ \\ / \"q\" “q” — … € ¿?"
+    signs = 'a+=b; !! ?! ... ---- ==== (x) [y] {z} <|x|> #$%&*@^_`~ \\ / "q" “q” — … € ¿?'
     scripts = (
         "日本語のテキスト、中文字符。 한국어 ไทยไม่มีช่องว่าง العربية עברית हिन्दी Ελληνικά "
-        "Кириллица naïve e\u0301a\u0308 \u0301 ǅ ß ﬁ İstanbul 👩‍👩‍👧‍👦 🇩🇪 👍🏽 𝔘𝔫𝔦 𒀀 \U000e0001 \ufffd \ufeff"
+        "Кириллица naïve e\u0301a\u0308 \u0301 ǅ ß ﬁ İstanbul 👩‍👩‍👧‍👦 🇩🇪 👍🏽 𝔘𝔫𝔦 𒀀 "
+        "\U000e0001 \ufffd \ufeff"
     )
     mixed = [f"{a}{b}x{b}{a}1{a}{a}{b}.{b}\n{a}" for a in blanks for b in " \n\xa0"]
     every = ["".join(map(chr, range(begin, begin + 64))) for begin in range(0, 0x800, 64)]
@@ -502,7 +504,8 @@ def trial_texts(added: Sequence[str]) -> list[str]:
 
 def _n_thread() -> int:
     """Cores to encode on; by the switch that `tokenizers` has."""
-    if os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("0", "f", "false", "n", "no", "off"):
+    switch = os.environ.get("TOKENIZERS_PARALLELISM", "").lower()
+    if switch in ("0", "f", "false", "n", "no", "off"):
         return 1
     return os.cpu_count() or 1
 
