@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -34,6 +34,7 @@ from bov_lightning.console import CONSOLE, say
 from bov_lightning.distributed import preemption
 from bov_lightning.errors import UserError
 from bov_lightning.files import file_error, write_directory, write_file
+from data_modules.encoding import Ranks, UnsuitedError, document_encoder, ranks_of
 from data_modules.lossless import ByteCount
 from data_modules.packing import PackingConfig, PackingCounts, pack
 from data_modules.reader import OnError, open_stripe
@@ -58,14 +59,20 @@ REPORT_EVERY_ROWS = 500
 LINES_EVERY_S = 30.0
 """Seconds between two lines of progress where the output is no terminal."""
 
-_progress: Any = None
-"""In a worker: (fraction, tokens) per shard, shared with the process that shows them."""
+_shared: tuple = ()
+"""In a worker: (fraction, tokens) per shard, and how many shards are taken."""
 
 
-def _share_progress(shared: Any) -> None:
-    global _progress
-    _progress = shared
+def _start_worker(progress: Any, taken: Any, directory: Path) -> None:
+    """Prepares what takes time, while the process that starts workers does the same."""
+    global _shared
+    _shared = (progress, taken)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    packing_tokenizer(directory)
+
+
+def _is_there() -> None:
+    """A task that does nothing but have a worker started."""
 
 
 def _stop_if_told() -> None:
@@ -288,6 +295,7 @@ class Corpus:
             TextColumn("packing"), BarColumn(bar_width=30), TextColumn("{task.percentage:.0f}%"),
             TextColumn("{task.fields[rate]}"), TextColumn("ETA"), TimeRemainingColumn(),
         )  # fmt: skip
+        processes = min(processes, len(pending))
         context = multiprocessing.get_context("spawn")
         shared = context.Array("d", 2 * len(pending), lock=False)
         started = said = time.monotonic()
@@ -307,23 +315,36 @@ class Corpus:
         on_screen = CONSOLE.is_terminal
         with Progress(*columns, console=CONSOLE, transient=True, disable=not on_screen) as progress:
             task = progress.add_task("pack", total=len(pending), rate="")
+            taken = context.Value("q", 0)
             if processes == 1:
-                for i, shard in enumerate(pending):
-                    self._pack_shard(*shard, i, shared, lambda: show(progress, task))
+                self._pack_what_is_left(
+                    pending, None, (shared, taken), lambda: show(progress, task)
+                )
                 return
+            # This process packs too, since it need not start first.
             pool = ProcessPoolExecutor(
-                min(processes, len(pending)), context, _share_progress, (shared,)
+                processes - 1, context, _start_worker, (shared, taken, self.tokenizer_directory)
             )
             try:
-                waiting = {pool.submit(self._pack_shard, *s, i) for i, s in enumerate(pending)}
-                while waiting:
-                    try:
-                        for future in as_completed(waiting, timeout=0.5):
-                            waiting.discard(future)
-                            future.result()
-                    except TimeoutError:
-                        pass
+                for _ in range(processes - 1):
+                    pool.submit(_is_there)
+                ranks = _ranks(self.tokenizer_directory)
+                workers = [
+                    pool.submit(self._pack_what_is_left, pending, ranks)
+                    for _ in range(processes - 1)
+                ]
+
+                def watch() -> None:
+                    for worker in workers:
+                        if worker.done():
+                            worker.result()
                     show(progress, task)
+
+                self._pack_what_is_left(pending, None, (shared, taken), watch, parallel=False)
+                while not all(worker.done() for worker in workers):
+                    wait(workers, timeout=0.5, return_when=FIRST_EXCEPTION)
+                    watch()
+                watch()
             except BrokenProcessPool as error:
                 _stop_if_told()
                 raise UserError(
@@ -331,22 +352,47 @@ class Corpus:
                     "start again to continue, perhaps with fewer --processes"
                 ) from error
             finally:
+                # Not waiting for a lock that a killed worker may hold.
+                taken.get_obj().value = len(pending)
                 pool.shutdown(cancel_futures=True)
 
+    def _pack_what_is_left(
+        self, pending: list, ranks: Ranks | None, shared: tuple = (), show: Any = None,
+        parallel: bool = True,
+    ) -> None:  # fmt: skip
+        """Packs shards that no other process has taken, until there is none.
+
+        Args:
+            pending: all shards to pack.
+            ranks: of the tokenizer, where they are known already.
+            shared: progress, and how many shards are taken; in a worker it has them already.
+            show: called now and then.
+            parallel: whether to tokenize on all cores.
+        """
+        progress, taken = shared or _shared
+        tokenizer = packing_tokenizer(self.tokenizer_directory)
+        document_encoder(tokenizer, token_dtype(tokenizer), ranks)
+        while True:
+            with taken.get_lock():
+                slot, taken.value = taken.value, taken.value + 1
+            if slot >= len(pending):
+                return
+            self._pack_shard(*pending[slot], slot, progress, show, parallel)
+
     def _pack_shard(
-        self, split: Split, index: int, n_shard: int, slot: int, shared=None, show=None
-    ) -> None:
+        self, split: Split, index: int, n_shard: int, slot: int, progress: Any, show: Any,
+        parallel: bool,
+    ) -> None:  # fmt: skip
         """Packs one shard; ``slot`` is its place in the shared progress."""
-        shared = _progress if shared is None else shared
-        changed = (self.tokenizer_directory / "tokenizer.json").stat().st_mtime_ns
-        tokenizer = _packing_tokenizer(self.tokenizer_directory, changed)
+        tokenizer = packing_tokenizer(self.tokenizer_directory)
         reader = open_stripe(self.source, split, index, n_shard, self.on_error)
         counts, digest = PackingCounts(), hashlib.sha256()
         if split == "val":
             measured = ByteCount(tokenizer)
-            documents = measured.tokens(encode_documents(tokenizer, measured.texts(reader)))
+            texts = measured.texts(reader)
+            documents = measured.tokens(encode_documents(tokenizer, texts, parallel=parallel))
         else:
-            documents = encode_documents(tokenizer, reader)
+            documents = encode_documents(tokenizer, reader, parallel=parallel)
         rows = pack(documents, self.sequence_len + 1, self.packing, counts)
         target = self._shard_file(split, index, n_shard, ".bin")
 
@@ -356,14 +402,14 @@ class Corpus:
                 digest.update(data)
                 file.write(data)
                 if counts.rows % REPORT_EVERY_ROWS == 0:
-                    shared[2 * slot : 2 * slot + 2] = [reader.fraction, counts.tokens]
+                    progress[2 * slot : 2 * slot + 2] = [reader.fraction, counts.tokens]
                     if show:
                         show()
             if split == "val":
                 measured.check("the val documents")
 
         write_file(target, write)
-        shared[2 * slot : 2 * slot + 2] = [1.0, counts.tokens]
+        progress[2 * slot : 2 * slot + 2] = [1.0, counts.tokens]
         description = {
             **asdict(counts),
             **asdict(reader.counts),
@@ -374,7 +420,7 @@ class Corpus:
         write_file(self._shard_file(split, index, n_shard, ".json"), text)
 
     def _write_manifest(self) -> None:
-        tokenizer = read_tokenizer(self.tokenizer_directory)
+        tokenizer = packing_tokenizer(self.tokenizer_directory)
         shards: dict[str, list] = {split: [] for split in self.splits}
         for split, index, n_shard in self.shards():
             name = self._shard_file(split, index, n_shard, ".bin").name
@@ -396,7 +442,7 @@ class Corpus:
             "settings": settings,
             "dtype": token_dtype(tokenizer).name,
             "vocab_size": vocabulary_size(tokenizer),
-            "tokenizer_hash": tokenizer_hash(self.tokenizer_directory),
+            "tokenizer_hash": _hash_of(self.tokenizer_directory),
             "shards": shards,
         }
         text = json.dumps(manifest, indent=1) + "\n"
@@ -500,10 +546,39 @@ class Rows:
         return result
 
 
+def _ranks(directory: Path) -> Ranks | None:
+    """What workers encode with, so that it is worked out once; None where it is not to be had."""
+    tokenizer = packing_tokenizer(directory)
+    try:
+        ranks = ranks_of(tokenizer)
+    except UnsuitedError as reason:
+        say(f"tokenizing is several times slower than it could be: {reason}")
+        return None
+    document_encoder(tokenizer, token_dtype(tokenizer), ranks)
+    return ranks
+
+
+def packing_tokenizer(directory: Path) -> Tokenizer:
+    """Kept from shard to shard and from lane to lane: loading takes time, and so does what is
+    prepared for it (`data_modules.encoding`)."""
+    return _read_once(directory, (directory / "tokenizer.json").stat().st_mtime_ns)
+
+
 @lru_cache(maxsize=1)
-def _packing_tokenizer(directory: Path, changed: int) -> Tokenizer:
-    """Kept from shard to shard: loading takes time, and so does filling its cache of words."""
+def _read_once(directory: Path, changed: int) -> Tokenizer:
     return read_tokenizer(directory)
+
+
+_hashes: dict[str, str] = {}
+
+
+def _hash_of(directory: str | Path) -> str:
+    """`tokenizer_hash`, worked out once for the same files: reading them as JSON takes a while."""
+    files = sorted(path for path in Path(directory).glob("*.json") if path.is_file())
+    key = " ".join(f"{path.name} {_sha256(path)}" for path in files)
+    if key not in _hashes:
+        _hashes[key] = tokenizer_hash(directory)
+    return _hashes[key]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

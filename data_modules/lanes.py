@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from bov_lightning.errors import UserError
-from data_modules.corpus import Corpus
+from data_modules.corpus import Corpus, packing_tokenizer
 from data_modules.packing import PackingCounts, pack
 from data_modules.reader import open_stripe
-from data_modules.tokenizer import encode_documents, read_tokenizer
+from data_modules.tokenizer import encode_documents
 
 
 class Lane:
@@ -33,7 +33,7 @@ class Lane:
         self.reader.state = self.segment_start
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        tokenizer = read_tokenizer(self.corpus.tokenizer_directory)
+        tokenizer = packing_tokenizer(self.corpus.tokenizer_directory)
         packing, row_len = self.corpus.packing, self.corpus.sequence_len + 1
         documents = iter(self.reader)
         skip, barren = self.rows_given, 0

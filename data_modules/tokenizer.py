@@ -18,6 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from bov_lightning.errors import UserError
 from bov_lightning.kinds import COUNT, PATH, Range
+from data_modules.encoding import document_encoder
 from data_modules.lossless import check, cut_up, simplify, spelled_out
 from data_modules.vocabulary import (
     token_bytes,  # noqa: F401 (whoever reads a tokenizer finds it here)
@@ -395,16 +396,18 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
 
 
 def encode_documents(
-    tokenizer: Tokenizer, documents: Iterable[str], batch_size: int = 64
+    tokenizer: Tokenizer, documents: Iterable[str], batch_size: int = 64, parallel: bool = True
 ) -> Iterator[np.ndarray]:
-    """Token ids of each document, <|bos|> first; uint16 where the vocabulary allows."""
+    """Token ids of each document, <|bos|> first; uint16 where the vocabulary allows.
+
+    On all cores if ``parallel``, else on one.
+    """
     dtype, start = token_dtype(tokenizer), bos_id(tokenizer)
-    # A document that spells out a special token means its characters.
-    tokenizer.encode_special_tokens = True
+    encoder = document_encoder(tokenizer, dtype)
     documents = iter(documents)
     while batch := list(islice(documents, batch_size)):
-        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-            ids = np.empty(len(encoding.ids) + 1, dtype=dtype)
+        for found in encoder.encode(batch, parallel):
+            ids = np.empty(len(found) + 1, dtype=dtype)
             ids[0] = start
-            ids[1:] = encoding.ids
+            ids[1:] = found
             yield ids
