@@ -83,6 +83,11 @@ class TransformerConfig:
     d_model: int = 768
     """Width of the residual stream."""
 
+    d_mlp: int | Literal["like_bank"] | None = None
+    """Width of the MLPs. null: 4 x d_model. like_bank: so wide that the network, with standard
+    values, holds as many parameters as with a bank in its last third of layers, to within the
+    rounding to a multiple of 16: the control of the bank's parameters."""
+
     vocab_size: int | None = None
     """Number of token ids. null: taken from the data's tokenizer."""
 
@@ -126,6 +131,13 @@ class TransformerConfig:
             raise UserError(
                 f"model.config.window_pattern {self.window_pattern!r}: use the letters S and L"
             )
+        if isinstance(self.d_mlp, int) and self.d_mlp < 1:
+            raise UserError(f"model.config.d_mlp is {self.d_mlp}: at least 1")
+        if self.d_mlp == "like_bank" and not source_class(self.value.source).is_context:
+            raise UserError(
+                f"model.config.d_mlp like_bank is the control of a bank, so it needs standard "
+                f"values: set value.source: context, not {self.value.source}"
+            )
         if self.vocab_size is not None and self.vocab_size < 2:
             raise UserError(f"model.config.vocab_size is {self.vocab_size}: at least 2")
         if isinstance(self.value.layers, list):
@@ -150,6 +162,18 @@ class TransformerConfig:
     def d_value(self) -> int:
         """Channels of all value heads of one layer: n_kv_head * head_dim."""
         return self.n_kv_head * self.head_dim
+
+    @property
+    def mlp_width(self) -> int:
+        """Channels inside each MLP: ``d_mlp``, spelled out."""
+        if self.d_mlp != "like_bank":
+            return self.d_mlp or 4 * self.d_model
+        is_bank = LAYER_SETS["last_third"]
+        n_bank = sum(is_bank(layer, self.n_layer) for layer in range(self.n_layer))
+        # Each bank has a table where the layer would have a projection.
+        added = n_bank * (self.padded_vocab_size - self.d_model) * self.d_value
+        wider = added / (2 * self.n_layer * self.d_model)
+        return max(16, 16 * round((4 * self.d_model + wider) / 16))
 
     @property
     def max_context(self) -> int:
