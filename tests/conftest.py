@@ -38,12 +38,16 @@ SHARED = Path(os.environ.get("BOV_SHARED", REPOSITORY.parent / "shared"))
 def pytest_configure(config: pytest.Config) -> None:
     """Has Triton's kernels interpreted where no GPU compiles them, before Triton is imported.
 
-    The process that only hands tests to others (-n) waits for no import.
+    No example of a property has a deadline. The process that only hands tests to others (-n) waits
+    for no import.
     """
     if getattr(config.option, "numprocesses", None):
         return
     import torch
+    from hypothesis import settings
 
+    settings.register_profile("untimed", deadline=None)
+    settings.load_profile("untimed")
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
 
