@@ -21,6 +21,7 @@ NAMES = {
     "tokens": "tokens", "FLOPs": "FLOPs", "val_bpb": "val bpb", "train_loss": "training loss",
     "tokens_per_s": "tokens per second", "difference": "difference in val bpb", "layer": "layer",
     "coefficient": "coefficient", "cached_tokens": "cached tokens", "saved_MiB": "saved, MiB",
+    "multiplier": "compute multiplier",
 }  # fmt: skip
 STYLE = {
     "svg.fonttype": "none", "text.parse_math": False, "font.size": 10, "axes.edgecolor": INK,
@@ -101,6 +102,9 @@ def _draw_lines(axes: Axes, plot: Plot) -> None:
             linestyle=_line_style(series.row, series.dashed), gid=f"row-{series.row}",
             marker="o" if plot.kind == "points" or len(series.x) == 1 else None, markersize=4,
         )  # fmt: skip
+        if series.low is not None:
+            axes.vlines(series.x / size, series.low, series.high, linewidth=2,
+                        color=COLOURS[colour(series.row)], gid=f"row-{series.row}")  # fmt: skip
     if plot.y_limit is not None:
         low = min(float(series.y.min()) for series in plot.series)
         margin = 0.04 * (plot.y_limit - low)
@@ -114,7 +118,11 @@ def _draw_lines(axes: Axes, plot: Plot) -> None:
     if plot.y_name == "tokens_per_s":
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=plot.x_name == "layer"))
+    if plot.y_name == "multiplier":
+        axes.axhline(1, color=INK, linewidth=0.8)
+        axes.set_xscale("log")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=plot.x_name == "layer"))
     x_label = f"training time, {unit}" if plot.x_name == "train_seconds" else NAMES[plot.x_name]
     axes.set(xlabel=x_label, ylabel=NAMES[plot.y_name])
 
