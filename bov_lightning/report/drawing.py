@@ -10,7 +10,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter
 
 from bov_lightning.report.content import Plot, Series, thinned
 from bov_lightning.report.palette import COLOURS, colour, dashes
@@ -119,12 +119,26 @@ def _draw_lines(axes: Axes, plot: Plot) -> None:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     if plot.y_name == "multiplier":
-        axes.axhline(1, color=INK, linewidth=0.8)
-        axes.set_xscale("log")
+        _draw_multipliers(axes, plot)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=plot.x_name == "layer"))
     x_label = f"training time, {unit}" if plot.x_name == "train_seconds" else NAMES[plot.x_name]
     axes.set(xlabel=x_label, ylabel=NAMES[plot.y_name])
+
+
+def _draw_multipliers(axes: Axes, plot: Plot) -> None:
+    """Compute on a logarithmic axis; each row is named where its last point is."""
+    axes.axhline(1, color=INK, linewidth=0.8)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0e}".replace("e+", "e")))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(x=0.15)
+    last = {series.row: series for series in plot.series}
+    for series in last.values():
+        axes.annotate(
+            _shortened(series.label, 20), (series.x[-1], series.y[-1]), (6, 6),
+            textcoords="offset points", fontsize=8, color=COLOURS[colour(series.row)],
+        )  # fmt: skip
 
 
 def _draw_ranking(axes: Axes, plot: Plot) -> None:
