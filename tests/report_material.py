@@ -13,7 +13,11 @@ from bov_lightning.model.config import TransformerConfig, ValueConfig
 from bov_lightning.planning.cost import make_plan
 from bov_lightning.recipe.sections import BudgetConfig
 
-VALUES = sorted(path.stem for path in (REPOSITORY / "recipes" / "values").glob("*.yaml"))
+VALUES = sorted(
+    path.stem
+    for path in (REPOSITORY / "recipes" / "values").glob("*.yaml")
+    if path.stem != "wide"  # the control, whose values are the standard ones
+)
 SHAPE = {
     "n_layer": 6, "n_head": 2, "n_kv_head": 2, "d_model": 64, "vocab_size": 320,
     "sequence_len": 64, "window_pattern": "L", "document_start": None,

@@ -16,7 +16,10 @@ from bov_lightning.model.config import TransformerConfig, ValueConfig
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.recipe.overlays import import_source
 
-PAPER = sorted((REPOSITORY / "recipes" / "values").glob("*.yaml"))
+PAPER = sorted(
+    path for path in (REPOSITORY / "recipes" / "values").glob("*.yaml") if path.stem != "wide"
+)
+"""Without the control, whose values are the standard ones."""
 EXAMPLES = sorted((REPOSITORY / "examples").glob("*.yaml"))
 OWN = [Path(name) for name in filter(None, os.environ.get("BOV_OVERLAYS", "").split(","))]
 PATHS = {path.stem: path for path in (*PAPER, *EXAMPLES, *OWN)}

@@ -1,6 +1,7 @@
 """Reads exports, as `transformers` may have saved them again; runs none of their code."""
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any

@@ -88,6 +88,11 @@ class TransformerConfig:
     d_model: Annotated[int, Range(24, 2**20)] = 768
     """Width of the residual stream, of which the smear reads 24 channels."""
 
+    d_mlp: Annotated[int | Literal["like_bank"] | None, Range(1, 2**20)] = None
+    """Width of the MLPs. null: 4 x d_model. like_bank: so wide that the network, with standard
+    values, holds as many parameters as with a bank in its last third of layers, to within the
+    rounding to a multiple of 16: the control of the bank's parameters."""
+
     vocab_size: Annotated[int | None, Range(2, 2**31)] = None
     """Number of token ids. null: taken from the data's tokenizer."""
 
@@ -129,6 +134,11 @@ class TransformerConfig:
             raise UserError(
                 f"model.config.window_pattern {self.window_pattern!r}: use the letters S and L"
             )
+        if self.d_mlp == "like_bank" and not source_class(self.value.source).is_context:
+            raise UserError(
+                f"model.config.d_mlp like_bank is the control of a bank, so it needs standard "
+                f"values: set value.source: context, not {self.value.source}"
+            )
         if isinstance(self.value.layers, list):
             outside = [layer for layer in self.value.layers if not 0 <= layer < self.n_layer]
             if outside:
@@ -151,6 +161,18 @@ class TransformerConfig:
     def d_value(self) -> int:
         """Channels of all value heads of one layer: n_kv_head * head_dim."""
         return self.n_kv_head * self.head_dim
+
+    @property
+    def mlp_width(self) -> int:
+        """Channels inside each MLP: ``d_mlp``, spelled out."""
+        if self.d_mlp != "like_bank":
+            return self.d_mlp or 4 * self.d_model
+        is_bank = LAYER_SETS["last_third"]
+        n_bank = sum(is_bank(layer, self.n_layer) for layer in range(self.n_layer))
+        # Each bank has a table where the layer would have a projection.
+        added = n_bank * (self.padded_vocab_size - self.d_model) * self.d_value
+        wider = added / (2 * self.n_layer * self.d_model)
+        return max(16, 16 * round((4 * self.d_model + wider) / 16))
 
     @property
     def max_context(self) -> int:

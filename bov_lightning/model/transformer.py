@@ -58,10 +58,10 @@ class Smear(nn.Module):
 class MLP(nn.Module):
     """W_2 relu(W_1 x)^2."""
 
-    def __init__(self, d_model: int):
+    def __init__(self, d_model: int, d_mlp: int):
         super().__init__()
-        self.input = Linear(d_model, 4 * d_model)
-        self.output = Linear(4 * d_model, d_model)
+        self.input = Linear(d_model, d_mlp)
+        self.output = Linear(d_mlp, d_model)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         return self.output(squared_relu(self.input(x_BTC)))
@@ -78,7 +78,7 @@ class Block(nn.Module):
         super().__init__()
         self.window = window
         self.attention = Attention(config, values)
-        self.mlp = MLP(config.d_model)
+        self.mlp = MLP(config.d_model, config.mlp_width)
 
     def forward(self, x_BTC, x0_BTC, token_ids_BT, first_value, rotary, mask, past=None):
         """The residual stream after this block, and the block's value."""

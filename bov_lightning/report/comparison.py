@@ -16,6 +16,7 @@ from bov_lightning.report.reading import Run, flatten, printable, section
 from bov_lightning.report.statistics import Estimate, difference, mean
 
 VALUE = "model.config.value"
+D_MLP = "model.config.d_mlp"
 NOT_THE_RECIPE = (
     "seed", "run", "checkpoint", "validation", "evaluation", "guard", "resume", "compile",
     "activation_checkpointing", "batch.micro", "trainer", "data.init_args.directory",
@@ -67,7 +68,7 @@ class Row:
     @cached_property
     def value_name(self) -> str | None:
         """The overlay in recipes/values that it is; None where it is none of them."""
-        return value_name(self.first.value)
+        return value_name(self.first.value, self.first.d_mlp)
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,10 @@ def _rows(runs: list[Run]) -> list[Row]:
 
 def _labels(runs: list[Run]) -> list[str]:
     """The name of the values, and what else tells rows of one name apart."""
-    names = [value_name(run.value) or describe(run.value) for run in runs]
+    names = [
+        value_name(run.value, run.d_mlp) or value_name(run.value) or describe(run.value)
+        for run in runs
+    ]
     recipes = [_recipe_of(run) for run in runs]
     labels = []
     for run, name, recipe in zip(runs, names, recipes, strict=True):
@@ -187,24 +191,29 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-_OVERLAYS: dict[str, dict[str, Any]] = {}
+_OVERLAYS: dict[str, tuple[dict[str, Any], int | str | None]] = {}
 
 
-def _overlays() -> dict[str, dict[str, Any]]:
-    """The value section of every overlay in recipes/values."""
+def _overlays() -> dict[str, tuple[dict[str, Any], int | str | None]]:
+    """The value section and ``d_mlp`` of every overlay in recipes/values."""
     if not _OVERLAYS:
         for path in sorted((packaged_recipes() / "values").glob("*.yaml")):
             overlay = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
-            _OVERLAYS[path.stem] = section(overlay, VALUE)
+            _OVERLAYS[path.stem] = section(overlay, VALUE), overlay.get(D_MLP)
     return _OVERLAYS
 
 
-def value_name(value: dict[str, Any]) -> str | None:
-    """The overlay in recipes/values with these values; None where there is none."""
+def value_name(value: dict[str, Any], d_mlp: int | str | None = None) -> str | None:
+    """The overlay in recipes/values with these values; None where there is none.
+
+    Args:
+        value: the value section.
+        d_mlp: ``model.config.d_mlp``, which sets a control apart.
+    """
     if value.get("source") == "context" and value.get("coefficient") == 1:
         # Whatever layers it names.
-        return "standard"
-    return next((name for name, known in _overlays().items() if known == value), None)
+        value = _overlays()["standard"][0]
+    return next((name for name, known in _overlays().items() if known == (value, d_mlp)), None)
 
 
 def describe(value: dict[str, Any]) -> str:

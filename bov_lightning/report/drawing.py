@@ -10,7 +10,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter
 
 from bov_lightning.report.content import Plot, Series, thinned
 from bov_lightning.report.palette import COLOURS, colour, dashes
@@ -21,6 +21,7 @@ NAMES = {
     "tokens": "tokens", "FLOPs": "FLOPs", "val_bpb": "val bpb", "train_loss": "training loss",
     "tokens_per_s": "tokens per second", "difference": "difference in val bpb", "layer": "layer",
     "coefficient": "coefficient", "cached_tokens": "cached tokens", "saved_MiB": "saved, MiB",
+    "multiplier": "compute multiplier",
 }  # fmt: skip
 STYLE = {
     "svg.fonttype": "none", "text.parse_math": False, "font.size": 10, "axes.edgecolor": INK,
@@ -101,6 +102,9 @@ def _draw_lines(axes: Axes, plot: Plot) -> None:
             linestyle=_line_style(series.row, series.dashed), gid=f"row-{series.row}",
             marker="o" if plot.kind == "points" or len(series.x) == 1 else None, markersize=4,
         )  # fmt: skip
+        if series.low is not None:
+            axes.vlines(series.x / size, series.low, series.high, linewidth=2,
+                        color=COLOURS[colour(series.row)], gid=f"row-{series.row}")  # fmt: skip
     if plot.y_limit is not None:
         low = min(float(series.y.min()) for series in plot.series)
         margin = 0.04 * (plot.y_limit - low)
@@ -114,9 +118,27 @@ def _draw_lines(axes: Axes, plot: Plot) -> None:
     if plot.y_name == "tokens_per_s":
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=plot.x_name == "layer"))
+    if plot.y_name == "multiplier":
+        _draw_multipliers(axes, plot)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=plot.x_name == "layer"))
     x_label = f"training time, {unit}" if plot.x_name == "train_seconds" else NAMES[plot.x_name]
     axes.set(xlabel=x_label, ylabel=NAMES[plot.y_name])
+
+
+def _draw_multipliers(axes: Axes, plot: Plot) -> None:
+    """Compute on a logarithmic axis; each row is named where its last point is."""
+    axes.axhline(1, color=INK, linewidth=0.8)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0e}".replace("e+", "e")))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(x=0.15)
+    last = {series.row: series for series in plot.series}
+    for series in last.values():
+        axes.annotate(
+            _shortened(series.label, 20), (series.x[-1], series.y[-1]), (6, 6),
+            textcoords="offset points", fontsize=8, color=COLOURS[colour(series.row)],
+        )  # fmt: skip
 
 
 def _draw_ranking(axes: Axes, plot: Plot) -> None:

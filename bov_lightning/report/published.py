@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from bov_lightning.report.comparison import Row
+from bov_lightning.report.effective_compute import through
 
 
 @cache
@@ -34,3 +35,23 @@ def published_benchmark(row: Row, task: str) -> float | None:
     """The paper's accuracy (CORE for a group) for the row's values."""
     entry = published(row)
     return entry and entry.get("benchmarks", {}).get(task, {}).get(row.value_name)
+
+
+def published_multipliers(floor: float) -> dict[str, dict[str, float]]:
+    """Compute multipliers of the authors' sweep of starts, by size and overlay.
+
+    Two sizes of the baseline cannot tell the curve's E, so it is given, in bits per byte.
+    """
+    sizes = {
+        entry["name"]: (float(entry["recipe"]["model.budget.flops"]), entry["starts"])
+        for entry in _published()
+    }
+    low, high = ((flops, losses["standard"]) for flops, losses in sizes.values())
+    law = through(low, high, floor)
+    return {
+        size: {
+            name: law.multiplier(losses["standard"], loss)
+            for name, loss in losses.items() if name != "standard"
+        }
+        for size, (_, losses) in sizes.items()
+    }  # fmt: skip

@@ -68,6 +68,11 @@ class Run:
         return section(self.settings, "model.config.value")
 
     @property
+    def d_mlp(self) -> int | str | None:
+        """What the recipe says of the MLPs' width."""
+        return self.settings.get("model.config.d_mlp")
+
+    @property
     def data(self) -> dict[str, str]:
         """Fingerprints of text, tokenizer and held-out rows."""
         return self.facts["data"]

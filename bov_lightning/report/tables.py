@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bov_lightning.report import benchmarks, plots
+from bov_lightning.report import benchmarks, ladder, plots
 from bov_lightning.report.comparison import Group, Row
 from bov_lightning.report.content import Cell, Column, Report, Section, Table
 from bov_lightning.report.palette import N_STYLE
@@ -93,6 +93,7 @@ def _group_section(group: Group, mark: str, title: str) -> Section:
     results = [_results(group, mark)] if group.finished else []
     curves = plots.curves(group, mark)
     details = [
+        *ladder.items(group, mark, _bpb),
         *plots.rankings(group, mark, _bpb),
         *benchmarks.tables(group, mark),
         *plots.coefficients(group, mark),

@@ -337,3 +337,16 @@ def _copy(source: Path, target: Path) -> None:
     import shutil
 
     shutil.copytree(source, target)
+
+
+@pytest.mark.parametrize("d_mlp", ["like_bank", 40])
+@torch.no_grad()
+def test_mlps_of_any_width_go_out_and_come_back(d_mlp, tmp_path):
+    source = write(tmp_path, "standard", n_layer=3, d_mlp=d_mlp)
+    ids = token_ids(60)
+    expected = bov_lightning.load(source)[0](ids)
+    export(source, tmp_path / "export")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
+    assert (theirs(ids).logits - expected).abs().max() < 1e-5
+    import_hf(tmp_path / "export", tmp_path / "back")
+    assert torch.equal(bov_lightning.load(tmp_path / "back")[0](ids), expected)

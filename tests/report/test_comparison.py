@@ -64,6 +64,17 @@ def test_values_without_an_overlay_are_described():
     assert value_name(value) == "standard"
 
 
+def test_the_control_is_no_row_of_the_standard_values(tmp_path):
+    write_run(tmp_path / "standard", "standard")
+    write_run(tmp_path / "control", "standard", shape={"d_mlp": "like_bank"})
+    write_run(tmp_path / "wider", "standard", shape={"d_mlp": 512})
+    (group,) = groups_of(tmp_path)
+    told = {row.label: row.value_name for row in group.rows}
+    assert told["wide"] == "wide"
+    assert list(told.values()).count("standard") == 1
+    assert told["standard (d_mlp 512)"] is None
+
+
 def test_other_recipes_of_the_same_values_are_rows_told_by_what_differs(tmp_path):
     write_run(tmp_path / "narrow")
     write_run(tmp_path / "wide", shape={"d_model": 96})
