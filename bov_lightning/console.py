@@ -6,7 +6,7 @@ Two consoles do not know of each other's lines, so that a warning of one would t
 
 from rich.console import Console
 
-CONSOLE = Console(stderr=True, markup=False)
+CONSOLE = Console(stderr=True, markup=False, emoji=False)
 
 
 def say(text: str) -> None:

@@ -98,7 +98,10 @@ class StripeReader:
             if not self.forever:
                 return
             if self.counts.documents == before:
-                raise UserError("data: a stripe of the corpus holds no text: use fewer lanes")
+                raise UserError(
+                    "data: a stripe of the corpus holds no text: use fewer lanes, or more "
+                    "documents (a whole .txt, .md or .py file is one)"
+                )
             self.lap, self.unit = self.lap + 1, 0
 
     def _bad(self, unit: Unit, row: BadRow) -> None:

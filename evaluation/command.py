@@ -126,7 +126,8 @@ class _Bar:
 
     def __init__(self, console: Console, label: str, is_zero: bool):
         self.progress = Progress(
-            TextColumn(label), BarColumn(bar_width=30), TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.description}", markup=False), BarColumn(bar_width=30),
+            TextColumn("{task.completed}/{task.total}"),
             TimeRemainingColumn(), console=console, transient=True,
             disable=not (console.is_terminal and is_zero),
         )  # fmt: skip

@@ -138,3 +138,14 @@ def test_what_is_said_is_printed_as_it_is(text, capsys):
     say(text)
     CONSOLE.print(text)
     assert capsys.readouterr().err == f"{text}\n" * 2
+
+
+def test_a_working_folder_that_is_no_text_is_refused(workplace, capsys, monkeypatch):
+    """Recipes, checkpoints and the libraries below write its name as text."""
+    folder = os.fsencode(workplace) + b"/caf\xe9"
+    os.mkdir(folder)
+    monkeypatch.chdir(folder)
+    assert main(["plan", "--config", "quickstart"]) == 2
+    assert "'\n" not in (error := capsys.readouterr().err)
+    assert error.startswith("bov: error: the working folder ")
+    assert error.endswith("caf\\udce9' has a name that is not valid UTF-8: rename it\n")

@@ -83,15 +83,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _check_text(arguments: list[str]) -> None:
     """Refuses what no text can be made of: Python reads such bytes as halves of characters."""
-    for argument in arguments:
+    named = [("argument", argument) for argument in arguments]
+    with contextlib.suppress(OSError):  # The folder is gone: whoever needs it says so.
+        named.append(("working folder", os.getcwd()))
+    for what, text in named:
         try:
-            check(argument)
+            check(text)
         except NoTextError:
             advice = "is not valid UTF-8: give it as UTF-8, or in a file"
+            if what != "argument":
+                advice = "has a name that is not valid UTF-8: rename it"
             with contextlib.suppress(UnicodeError):
-                os.fsencode(argument).decode("utf-8")
+                os.fsencode(text).decode("utf-8")
                 advice = "cannot be read in this locale: set LC_ALL=C.UTF-8"
-            raise UserError(f"the argument {argument!r} {advice}") from None
+            raise UserError(f"the {what} {text!r} {advice}") from None
 
 
 def _is_recipes_fault(error: Exception) -> bool:

@@ -42,7 +42,7 @@ def sweep(
         row.check()
     # What is no terminal has no width: lines must not be cut.
     width = None if sys.stdout.isatty() else 120
-    print_rows(rows, Console(highlight=False, markup=False, width=width))
+    print_rows(rows, Console(highlight=False, markup=False, emoji=False, width=width))
     if dry_run:
         return
     first, runs = rows[0], [row.run for row in rows]

@@ -127,7 +127,7 @@ def print_inference_plan(
         ("this", "this recipe"),
     ):
         table.add_row(label, gib(caches[name]), gib(reads[name]), f"at most {rates[name]:,.0f}")
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(table)
     even = plan["break_even"]
     console.print(

@@ -79,7 +79,7 @@ def _print_table(recipe: Recipe, plan: dict, n_device: int) -> None:
     table.add_column(justify="right")
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False, markup=False).print(table)
+    Console(highlight=False, markup=False, emoji=False).print(table)
 
 
 def check_fit(recipe: Recipe, layout: Layout, memory: dict[str, Any], available: int) -> None:
