@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from bov_lightning.checkpoint.directory import CONFIG, WEIGHTS, complete_checkpoints
 from bov_lightning.errors import UserError
 from bov_lightning.recipe.keys import defaults
