@@ -148,7 +148,7 @@ class PackedDataModule(CorpusDataModule):
         packing: PackingConfig = PackingConfig(),
         n_shard: Annotated[int, Range(1, 1_000_000)] = 16,
         on_error: OnError = "error",
-        sequence_len: Annotated[int, COUNT] = 2048,
+        sequence_len: Annotated[int, Range(1, 2**24)] = 2048,
         micro: Annotated[int, COUNT] = 16,
         seed: Annotated[int, SEED] = 0,
         validation_tokens: Annotated[int | None, COUNT] = None,

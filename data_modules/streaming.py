@@ -179,7 +179,7 @@ class StreamingDataModule(CorpusDataModule):
         n_lane: Annotated[int, Range(1, 1_000_000)] = 64,
         n_worker: Annotated[int, Range(0, 10_000)] = 2,
         on_error: OnError = "error",
-        sequence_len: Annotated[int, COUNT] = 2048,
+        sequence_len: Annotated[int, Range(1, 2**24)] = 2048,
         micro: Annotated[int, COUNT] = 16,
         seed: Annotated[int, SEED] = 0,
         validation_tokens: Annotated[int | None, COUNT] = None,

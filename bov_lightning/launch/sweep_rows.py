@@ -11,6 +11,7 @@ from bov_lightning.checkpoint.directory import step_of
 from bov_lightning.errors import UserError
 from bov_lightning.planning.cost import make_plan
 from bov_lightning.recipe.budget import accumulation
+from bov_lightning.recipe.data_module import data_section
 from bov_lightning.recipe.given import Given, read
 from bov_lightning.recipe.overlays import find_recipe, read_yaml
 from bov_lightning.recipe.sameness import fixed_difference, plain
@@ -113,7 +114,7 @@ class Row:
         if not self.directory.config.is_file():
             return
         given = {name: plain(value) for name, value in vars(recipe).items()}
-        given["data"] = self.given.plain["data"]
+        given["data"] = data_section(self.given)
         # Only what the recipe says: the stored one also has the data's defaults.
         if difference := fixed_difference(given, read_yaml(self.directory.config)):
             key, now, before = difference

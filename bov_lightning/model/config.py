@@ -96,7 +96,7 @@ class TransformerConfig:
     vocab_size: Annotated[int | None, Range(2, 2**31)] = None
     """Number of token ids. null: taken from the data's tokenizer."""
 
-    sequence_len: Annotated[int, Range(1, 2**30)] = 2048
+    sequence_len: Annotated[int, Range(1, 2**24)] = 2048
     """Tokens per training row."""
 
     window_pattern: str = "SSSL"

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from bov_lightning.checkpoint.directory import CONFIG, WEIGHTS, complete_checkpoints
 from bov_lightning.errors import UserError
 from bov_lightning.recipe.keys import defaults
+from bov_lightning.recipe.yaml_text import parse_yaml
 from bov_lightning.run.directory import EVAL, RunDirectory
 from bov_lightning.text import NoTextError, decode, lines
 from evaluation.report import aggregate_metric, leaf_tasks, notes
@@ -252,10 +252,10 @@ def _read_text(path: Path) -> str:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    text = _read_text(path)
+    content = parse_yaml(_read_text(path), path.name)
     try:
-        settings = flatten(yaml.safe_load(text))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        settings = flatten(content)
+    except UserError as error:
         raise UserError(f"{path.name} cannot be read: {one_line(error)}") from error
     for key in ("model.config.n_layer", "model.config.value.source"):
         if key not in settings:

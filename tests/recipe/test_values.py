@@ -224,6 +224,7 @@ def test_data_sections_in_files_know_the_home_too(workplace, monkeypatch):
 
 
 @given(st.text(max_size=20))
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_only_a_leading_tilde_is_a_home(text):
     if not text.startswith("~"):
         assert home(text) == text

@@ -102,6 +102,7 @@ def test_arguments_of_somebodys_callback_are_text(tiny_recipe, own_module):
     assert Path("noted").read_text() == "'12_5' 1"
 
 
+@pytest.mark.slow
 def test_a_run_is_called_as_it_is_written(tiny_recipe):
     """The whole way: files, checkpoint, and the same command again."""
     name = "exp #2"
