@@ -38,15 +38,16 @@ SHARED = Path(os.environ.get("BOV_SHARED", REPOSITORY.parent / "shared"))
 def pytest_configure(config: pytest.Config) -> None:
     """Has Triton's kernels interpreted where no GPU compiles them, before Triton is imported.
 
-    No example of a property has a deadline. The process that only hands tests to others (-n) waits
+    Properties are not timed. The process that only hands tests to others (-n) waits
     for no import.
     """
     if getattr(config.option, "numprocesses", None):
         return
     import torch
-    from hypothesis import settings
+    from hypothesis import HealthCheck, settings
 
-    settings.register_profile("untimed", deadline=None)
+    slow = [HealthCheck.too_slow]
+    settings.register_profile("untimed", deadline=None, suppress_health_check=slow)
     settings.load_profile("untimed")
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
