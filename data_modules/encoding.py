@@ -285,9 +285,11 @@ class _Pattern:
             begin = self.at
             if not folding and (found := self._take(self.PROPERTY)):
                 self.properties[found[0]] = None
-            elif (not folding and self._take(self.RANGE)) or self._take(self.ESCAPE):
-                pass
-            elif self._take(self.LAST_DASH):
+            elif (
+                (not folding and self._take(self.RANGE))
+                or self._take(self.ESCAPE)
+                or self._take(self.LAST_DASH)
+            ):
                 pass
             elif not (found := self._take(self.IN_CLASS)) or (folding and not found[0].isascii()):
                 self.at = begin

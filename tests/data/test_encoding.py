@@ -200,8 +200,8 @@ def truncated() -> Tokenizer:
 
 def byte_missing() -> Tokenizer:
     def edit(content):
-        del content["model"]["vocab"]["!"]
-        content["model"]["vocab"]["unused"] = len(content["model"]["vocab"])
+        vocabulary = content["model"]["vocab"]
+        vocabulary["unused"] = vocabulary.pop("!")
 
     return edited(trained(size=257), edit)
 
