@@ -317,8 +317,9 @@ class Corpus:
             task = progress.add_task("pack", total=len(pending), rate="")
             taken = context.Value("q", 0)
             if processes == 1:
+                ranks = _ranks(self.tokenizer_directory)
                 self._pack_what_is_left(
-                    pending, None, (shared, taken), lambda: show(progress, task)
+                    pending, ranks, (shared, taken), lambda: show(progress, task)
                 )
                 return
             # This process packs too, since it need not start first.
@@ -340,7 +341,7 @@ class Corpus:
                             worker.result()
                     show(progress, task)
 
-                self._pack_what_is_left(pending, None, (shared, taken), watch, parallel=False)
+                self._pack_what_is_left(pending, ranks, (shared, taken), watch, parallel=False)
                 while not all(worker.done() for worker in workers):
                     wait(workers, timeout=0.5, return_when=FIRST_EXCEPTION)
                     watch()
@@ -551,10 +552,11 @@ def _ranks(directory: Path) -> Ranks | None:
     tokenizer = packing_tokenizer(directory)
     try:
         ranks = ranks_of(tokenizer)
-    except UnsuitedError as reason:
-        say(f"tokenizing is several times slower than it could be: {reason}")
-        return None
-    document_encoder(tokenizer, token_dtype(tokenizer), ranks)
+        reason = document_encoder(tokenizer, token_dtype(tokenizer), ranks).reason
+    except UnsuitedError as error:
+        ranks, reason = None, str(error)
+    if reason is not None:
+        say(f"tokenizing takes several times as long as with tiktoken: {reason}")
     return ranks
 
 
