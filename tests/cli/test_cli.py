@@ -102,8 +102,10 @@ def test_empty_and_unreadable_corpora_leave_nothing_behind(tiny_settings, workpl
 
 
 def test_another_architecture_is_refused(tiny_run, capsys):
-    config = tiny_run / "checkpoints/step-00000008/config.yaml"
+    checkpoint = tiny_run / "checkpoints/step-00000008"
+    config = checkpoint / "config.yaml"
     config.write_text(config.read_text().replace("d_model: 32", "d_model: 64"))
+    write_marker(checkpoint, 8, file_facts(checkpoint, list_files(checkpoint)))
     for command in (["validate", "runs/tiny"], ["generate", "runs/tiny"]):
         line = refused(capsys, command)
         assert "another architecture" in line

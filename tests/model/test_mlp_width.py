@@ -82,7 +82,7 @@ def test_cached_equals_whole(d_mlp):
 def test_a_bank_has_no_control_of_its_own():
     with pytest.raises(UserError, match="control of a bank.*not bank"):
         TransformerConfig(d_mlp="like_bank", value=BANK, vocab_size=100)
-    with pytest.raises(UserError, match="d_mlp is 0: at least 1"):
+    with pytest.raises(UserError, match="d_mlp is 0: from 1"):
         TransformerConfig(d_mlp=0, vocab_size=100)
     with pytest.raises(UserError, match="d_mlp"):
         read(["quickstart"], ["--model.config.d_mlp", "like_banks"])
