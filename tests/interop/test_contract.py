@@ -219,6 +219,7 @@ REFUSED = [
     ({"input_ids": IDS, "head_mask": torch.ones(6, 4)}, "head_mask is nothing"),
     ({"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 12])}, "cu_seq_lens_q is nothing"),
     ({"input_ids": IDS, "token_type_ids": ONES}, "token_type_ids is nothing"),
+    ({"input_ids": IDS, "is_causal": False}, "is_causal is nothing"),
     ({"input_ids": IDS, "cache_position": torch.arange(3, 15)}, "cache_position is nothing"),
 ]
 
