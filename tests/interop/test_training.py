@@ -14,6 +14,7 @@ from variants import OVERLAYS, make_model, perturb, token_ids
 
 import bov_lightning.hf  # noqa: F401 (registers the classes)
 from bov_lightning.checkpoint.writing import config_yaml, write_checkpoint
+from bov_lightning.errors import UserError
 from bov_lightning.interop.hf_export import export
 from bov_lightning.interop.hf_import import import_hf
 from bov_lightning.interop.hf_model import BoVConfig, BoVForCausalLM
@@ -110,6 +111,24 @@ def test_fine_tuning_with_trl_and_peft(how, exported, tmp_path):
             adapted.merge_and_unload().save_pretrained(merged)
             back = [AutoModelForCausalLM.from_pretrained(merged)]
         assert (back[0].eval()(ids).logits - expected).abs().max() < 1e-4
+
+
+@pytest.mark.slow
+def test_prompts_are_tuned_where_values_need_no_ids():
+    peft = pytest.importorskip("peft")
+    ids = token_ids(12)
+    for name in ("standard", "bov"):
+        network = make_model(OVERLAYS[name])
+        model = BoVForCausalLM(BoVConfig(**asdict(network.config)))
+        settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        tuned = peft.get_peft_model(model, settings)
+        if name == "bov":
+            with pytest.raises(UserError, match="inputs_embeds alone is not enough"):
+                tuned(ids, labels=ids)
+        else:
+            tuned(ids, labels=ids).loss.backward()
+            (prompt,) = [p for p in tuned.parameters() if p.requires_grad]
+            assert prompt.grad.shape == (4, 48)
 
 
 @pytest.mark.slow
