@@ -151,7 +151,7 @@ def _refuse_others(
 ) -> None:
     """Refuses what is not known, unless it says what holds anyway."""
     for name, value in others.items():
-        if value is None or value is False:
+        if value is None or (value is False and name != "is_causal"):
             continue
         if name == "cache_position":
             first = 0 if past is None else past.n_column
@@ -159,6 +159,11 @@ def _refuse_others(
             says_nothing = torch.equal(value.flatten(), expected)
         elif name == "token_type_ids":
             says_nothing = not bool(value.any())
+        elif name == "is_causal":
+            says_nothing = value
+        elif name in ("tokenizer", "assistant_tokenizer"):
+            # Generation hands them on to every model.
+            says_nothing = True
         elif name in ("cu_seq_lens_q", "cu_seq_lens_k"):
             says_nothing = value.tolist() == _boundaries(token_ids, starts)
         elif name == "seq_idx":

@@ -22,7 +22,6 @@ from bov_lightning.interop.hf_model import (
     BoVModel,
     BoVPreTrainedModel,
 )
-from bov_lightning.interop.hf_source import modelling_source
 from bov_lightning.model.config import TransformerConfig
 from bov_lightning.model.counting import meta_model
 from bov_lightning.model.lookup import source_class
@@ -132,5 +131,8 @@ def register() -> None:
 
 def write_modelling_file(directory: Path, config: BoVConfig) -> None:
     """The code of a model as one file beside its weights."""
+    # It looks at the kernels too, whose compiler takes seconds to import.
+    from bov_lightning.interop.hf_source import modelling_source
+
     code = modelling_source(source_class(config.transformer_config().value.source))
     (directory / f"{MODULE}.py").write_text(code, encoding="utf-8")

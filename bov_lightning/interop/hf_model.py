@@ -130,6 +130,13 @@ class BoVPreTrainedModel(PreTrainedModel):
         """The token embedding."""
         return self.model.embedding
 
+    def get_submodule(self, target: str) -> nn.Module:
+        """The module of that name; PEFT asks for the token embedding by the name that it has in
+        BERT, or else looks for one of as many rows as there are ids, and ours has some more."""
+        if target == "embeddings.word_embeddings":
+            return self.model.embedding
+        return super().get_submodule(target)
+
     def set_input_embeddings(self, value) -> None:
         """Replaces the token embedding by one of the same shape."""
         shape, needed = tuple(value.weight.shape), tuple(self.model.embedding.weight.shape)

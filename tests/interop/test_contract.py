@@ -219,6 +219,7 @@ REFUSED = [
     ({"input_ids": IDS, "head_mask": torch.ones(6, 4)}, "head_mask is nothing"),
     ({"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 12])}, "cu_seq_lens_q is nothing"),
     ({"input_ids": IDS, "token_type_ids": ONES}, "token_type_ids is nothing"),
+    ({"input_ids": IDS, "is_causal": False}, "is_causal is nothing"),
     ({"input_ids": IDS, "cache_position": torch.arange(3, 15)}, "cache_position is nothing"),
 ]
 
@@ -236,6 +237,8 @@ def test_arguments_that_ask_for_nothing_pass(model):
         {"token_type_ids": ONES * 0}, {"cache_position": torch.arange(12)}, {"head_mask": None},
         {"output_router_logits": False}, {"attention_mask": ONES.bool()},
         {"attention_mask": ONES.float()},
+        {"tokenizer": object()}, {"is_causal": True}, {"seq_idx": ONES},
+        {"cu_seq_lens_q": torch.tensor([0, 12, 24]), "max_length_q": 12},
     ):  # fmt: skip
         assert torch.equal(model(IDS, **nothing).logits, expected)
 
