@@ -52,9 +52,9 @@ class TokenizerConfig:
     """A directory with a tokenizer.json to use instead of training one."""
 
     start: str | None = None
-    """The token of ``path`` that starts every document. null: the bos_token that its
-    tokenizer_config.json names, else the first that it has of <|bos|>, <|begin_of_text|>, <s>,
-    <bos>, [BOS] and <|endoftext|>."""
+    """The token of `path` that starts every document. null: the bos_token that the directory
+    names, else the first that it has of `<|bos|>`, `<|begin_of_text|>`, `<s>`, `<bos>`, `[BOS]` and
+    `<|endoftext|>`."""
 
     max_chars: int = 2_000_000_000
     """Characters to train on at most."""
