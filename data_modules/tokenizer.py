@@ -146,14 +146,15 @@ def decide(directory: str | Path, start: str | None = None) -> Decision:
         UserError: no readable file, no token that starts a document, or one that does not keep a
             text as it is.
     """
-    files = [Path(directory) / name for name in (FILE, *SETTINGS)]
-    stamps = tuple(f.stat().st_mtime_ns if f.is_file() else None for f in files)
-    return _decide(Path(directory).absolute(), start, stamps)
+    files = [path for name in (FILE, *SETTINGS) if (path := Path(directory) / name).is_file()]
+    states = [path.stat() for path in files]
+    versions = tuple((s.st_dev, s.st_ino, s.st_mtime_ns, s.st_size) for s in states)
+    return _decide(Path(directory), start, versions)
 
 
 @lru_cache(maxsize=4)
-def _decide(directory: Path, start: str | None, stamps: tuple) -> Decision:
-    """Remembered for as long as the files stay: each lane of a stream asks."""
+def _decide(directory: Path, start: str | None, versions: tuple) -> Decision:
+    """Remembered for as long as the files stay what they are: each lane of a stream asks."""
     raw = _from_file(directory)
     names = {role: token for role, token in _named(directory).items() if _has(raw, token)}
     names["bos_token"] = _start_of(raw, directory, start)
