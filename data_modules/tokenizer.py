@@ -162,10 +162,12 @@ def _decide(directory: Path, start: str | None, versions: tuple) -> Decision:
     left_out = simplify(content)
     content["post_processor"] = _template(names["bos_token"], raw, before=("pair",))
     _make_special(content, raw, names)
-    cut_up(content, spelled_out(_for_documents(json.dumps(content))))
-    decision = Decision(json.dumps(content), names, tuple(left_out))
-    check(decision.tokenizer(), content, str(directory / FILE))
-    return decision
+    tokenizer = _for_documents(text := json.dumps(content))
+    if tokens := spelled_out(tokenizer):
+        cut_up(content, tokens)
+        tokenizer = _for_documents(text := json.dumps(content))
+    check(tokenizer, content, str(directory / FILE))
+    return Decision(text, names, tuple(left_out))
 
 
 def _for_documents(content: str) -> Tokenizer:
