@@ -180,7 +180,7 @@ def _for_documents(content: str) -> Tokenizer:
 def _from_file(directory: str | Path) -> Tokenizer:
     path = Path(directory) / FILE
     if not path.is_file():
-        raise UserError(f"{directory} holds no {FILE}")
+        raise UserError(f"{directory} holds no {FILE}: give the folder of a fast tokenizer")
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
