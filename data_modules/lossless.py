@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from bov_lightning.errors import UserError
-from data_modules.vocabulary import special_ids, token_bytes, unknown_characters
+from data_modules.vocabulary import bytes_of, special_ids, token_bytes, unknown_characters
 
 BYTE_NAME = "<0x41>"
 """What byte fallback calls the letter A; no text that spells it out has that letter."""
@@ -154,13 +154,12 @@ def check(tokenizer: Tokenizer, content: dict[str, Any], origin: str) -> None:
     added = tokenizer.get_added_tokens_decoder().values()
     texts = [*TEXTS, *(f"a {token.content} b" for token in added if not token.special)]
     unknown = unknown_characters(tokenizer, "".join(texts))
-    n_byte = token_bytes(tokenizer)
     for whole in texts:
         text = "".join(character for character in whole if character not in unknown)
         ids = encode(text)
         if (back := tokenizer.decode(ids, skip_special_tokens=False)) != text:
             refuse(text, f"comes back as {back!r}")
-        if (counted := int(n_byte[ids].sum())) != len(text.encode()):
+        if (counted := sum(bytes_of(tokenizer, ids))) != len(text.encode()):
             refuse(text, f"has {len(text.encode())} bytes, and its tokens {counted}")
     for token in spelled_out(tokenizer):
         refuse(f"a {token} b", "becomes a special token, although its characters are meant")

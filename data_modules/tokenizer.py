@@ -54,9 +54,9 @@ class TokenizerConfig:
     """A directory with a tokenizer.json to use instead of training one."""
 
     start: str | None = None
-    """The token of ``path`` that starts every document. null: the bos_token that its
-    tokenizer_config.json names, else the first that it has of <|bos|>, <|begin_of_text|>, <s>,
-    <bos>, [BOS] and <|endoftext|>."""
+    """The token of `path` that starts every document. null: the bos_token that the directory
+    names, else the first that it has of `<|bos|>`, `<|begin_of_text|>`, `<s>`, `<bos>`, `[BOS]` and
+    `<|endoftext|>`."""
 
     max_chars: Annotated[int, COUNT] = 2_000_000_000
     """Characters to train on at most."""
@@ -148,14 +148,15 @@ def decide(directory: str | Path, start: str | None = None) -> Decision:
         UserError: no readable file, no token that starts a document, or one that does not keep a
             text as it is.
     """
-    files = [Path(directory) / name for name in (FILE, *SETTINGS)]
-    stamps = tuple(f.stat().st_mtime_ns if f.is_file() else None for f in files)
-    return _decide(Path(directory).absolute(), start, stamps)
+    files = [path for name in (FILE, *SETTINGS) if (path := Path(directory) / name).is_file()]
+    states = [path.stat() for path in files]
+    versions = tuple((s.st_dev, s.st_ino, s.st_mtime_ns, s.st_size) for s in states)
+    return _decide(Path(directory), start, versions)
 
 
 @lru_cache(maxsize=4)
-def _decide(directory: Path, start: str | None, stamps: tuple) -> Decision:
-    """Remembered for as long as the files stay: each lane of a stream asks."""
+def _decide(directory: Path, start: str | None, versions: tuple) -> Decision:
+    """Remembered for as long as the files stay what they are: each lane of a stream asks."""
     raw = _from_file(directory)
     names = {role: token for role, token in _named(directory).items() if _has(raw, token)}
     names["bos_token"] = _start_of(raw, directory, start)
@@ -163,10 +164,12 @@ def _decide(directory: Path, start: str | None, stamps: tuple) -> Decision:
     left_out = simplify(content)
     content["post_processor"] = _template(names["bos_token"], raw, before=("pair",))
     _make_special(content, raw, names)
-    cut_up(content, spelled_out(_for_documents(json.dumps(content))))
-    decision = Decision(json.dumps(content), names, tuple(left_out))
-    check(decision.tokenizer(), content, str(directory / FILE))
-    return decision
+    tokenizer = _for_documents(text := json.dumps(content))
+    if tokens := spelled_out(tokenizer):
+        cut_up(content, tokens)
+        tokenizer = _for_documents(text := json.dumps(content))
+    check(tokenizer, content, str(directory / FILE))
+    return Decision(text, names, tuple(left_out))
 
 
 def _for_documents(content: str) -> Tokenizer:
@@ -179,7 +182,7 @@ def _for_documents(content: str) -> Tokenizer:
 def _from_file(directory: str | Path) -> Tokenizer:
     path = Path(directory) / FILE
     if not path.is_file():
-        raise UserError(f"{directory} holds no {FILE}")
+        raise UserError(f"{directory} holds no {FILE}: give the folder of a fast tokenizer")
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception

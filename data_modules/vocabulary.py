@@ -37,18 +37,25 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
 
     Of a tokenizer that `read_tokenizer` gave, the bytes of a text's ids add up to the text's.
     """
-    added = tokenizer.get_added_tokens_decoder()
     lengths = np.zeros(vocabulary_size(tokenizer), dtype=np.int32)
-    vocabulary = [(token, i) for token, i in tokenizer.get_vocab().items() if i not in added]
+    ids = list(tokenizer.get_vocab().values())
+    lengths[ids] = bytes_of(tokenizer, ids)
+    return lengths
+
+
+def bytes_of(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """UTF-8 bytes of text in each of the ids; see `token_bytes`."""
+    added = tokenizer.get_added_tokens_decoder()
     # Decoders may treat the first token as the start of a text, so something stands before each.
     before = tokenizer.encode("a", add_special_tokens=False).ids[-1:]
     n_before = len(tokenizer.decode(before, skip_special_tokens=False))
-    sequences = [[*before, i] for _, i in vocabulary]
-    texts = tokenizer.decode_batch(sequences, skip_special_tokens=False)
-    for (token, i), text in zip(vocabulary, texts, strict=True):
-        lengths[i] = _n_byte(token, text[n_before:])
-    for i, token in added.items():
-        lengths[i] = 0 if token.special else len(token.content.encode())
+    texts = tokenizer.decode_batch([[*before, i] for i in ids], skip_special_tokens=False)
+    lengths = []
+    for i, text in zip(ids, texts, strict=True):
+        if i in added:
+            lengths.append(0 if added[i].special else len(added[i].content.encode()))
+        else:
+            lengths.append(_n_byte(tokenizer.id_to_token(i), text[n_before:]))
     return lengths
 
 

@@ -1,15 +1,19 @@
 """Prompts put together from pieces have the tokens of whole prompts."""
 
+from functools import cache
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizer_kinds import byte_fallback, byte_level, unigram
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from bov_lightning.errors import UserError
-from evaluation.encoding import Encoder, crop, document_start
+from evaluation.encoding import Encoder, Row, crop, document_start
 from evaluation.scorer import Prompts, common_prefix
 
+RAW = {"byte_level": byte_level, "byte_fallback": byte_fallback, "unigram": unigram}
 TEXT = st.text(alphabet="ab .,\n\té—'0[", max_size=12)
 
 
@@ -69,6 +73,31 @@ def test_scored_tokens_start_where_choices_part_and_end_where_contexts_meet(toke
     tails = {tuple(row.ids[row.start :].tolist()) for row in rows}
     assert len(tails) == 1
     assert len({int(row.ids[row.start - 1]) for row in rows}) == 2
+
+
+@pytest.mark.parametrize("kind", RAW)
+@settings(max_examples=40, deadline=None)
+@given(
+    before=st.text(alphabet="once upn\n(", max_size=12),
+    words=st.lists(st.sampled_from(["once", "read", "path", "时", "a"]), min_size=2, unique=True),
+)
+def test_bytes_are_those_of_the_text_in_every_kind_of_tokenizer(kind, before, words):
+    """All tokens are scored, or those of the choices: together with the rest they are the text."""
+    encoder = raw_encoder(kind)
+    items = [f"once{before} {word} once" for word in words]
+    for row, item in zip(encoder.rows(Prompts("multiple_choice", (), items)), items, strict=True):
+        for start in {1, row.start}:
+            tail = Row(row.ids, start)
+            head = encoder.tokenizer.decode(row.ids[1:start].tolist())
+            if "\ufffd" not in head:  # a character is not cut
+                assert encoder.n_byte(tail) == len(item.encode()) - len(head.encode())
+
+
+@cache
+def raw_encoder(kind: str) -> Encoder:
+    """As `transformers` reads a tokenizer that somebody has."""
+    start = "<|endoftext|>" if kind == "byte_level" else "<s>"
+    return Encoder(PreTrainedTokenizerFast(tokenizer_object=RAW[kind](), bos_token=start))
 
 
 def test_crop_keeps_the_end_and_one_token_of_context(tokenizer):
