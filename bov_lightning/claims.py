@@ -44,9 +44,13 @@ def identity() -> dict[str, Any]:
 
 
 def _started(pid: int) -> str:
-    """When a process began, so that another one of the same number is not taken for it."""
+    """When a process began, so that another one of the same number is not taken for it.
+
+    Empty where it cannot be told, and where it has ended and nobody has asked how yet.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if facts[0] in "ZX" else facts[19]
     except (OSError, IndexError):
         return ""
 

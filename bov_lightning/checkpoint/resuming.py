@@ -39,17 +39,25 @@ def optimizer_state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> St
     }
 
 
-def random_state(rank: int, device: torch.device) -> State:
-    """The states of this process's random generators."""
-    _, words, _ = random.getstate()
-    _, keys, position, *_ = np.random.get_state()
+def capture_random(device: torch.device) -> tuple:
+    """The states of this process's random generators, as they give them: a copy that costs little.
+
+    `random_state` makes tensors of it.
+    """
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def random_state(rank: int, device: torch.device, captured: tuple | None = None) -> State:
+    """The states of this process's random generators, now or when they were captured."""
+    (_, words, _), (_, keys, position, *_), own, cuda = captured or capture_random(device)
     state = {
         "python": torch.tensor(words, dtype=torch.int64),
         "numpy": torch.tensor([*keys.tolist(), position], dtype=torch.int64),
-        "torch": torch.get_rng_state(),
+        "torch": own,
     }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
+    if cuda is not None:
+        state["cuda"] = cuda
     return {f"random.{rank}.{kind}": value for kind, value in state.items()}
 
 

@@ -21,7 +21,6 @@ from bov_lightning.checkpoint.directory import complete_checkpoints
 from bov_lightning.cli import main
 from bov_lightning.report.reading import read_runs
 from bov_lightning.run.directory import RunDirectory
-from bov_lightning.training.internals import require
 from evaluation.watch import last_step
 
 RUN = Path("runs/tiny")
@@ -132,6 +131,7 @@ def assert_same_tensors(first: Path, second: Path) -> None:
             assert torch.equal(tensor, others[name]), name
 
 
+@pytest.mark.slow
 def test_an_early_stop_is_an_end(endings, trained, tiny_recipe, capsys):
     """Its step is saved, and all know that the run is over; other callbacks let it go on."""
     stopper = ("lightning.pytorch.callbacks.EarlyStopping",
@@ -161,6 +161,7 @@ def test_an_early_stop_is_an_end(endings, trained, tiny_recipe, capsys):
     assert_same_tensors(trained, RUN)
 
 
+@pytest.mark.slow
 def test_a_sweep_takes_a_run_that_was_ended_early_for_finished(endings, tiny_recipe, capsys):
     ender = ("endings.Ender", {"hook": "on_train_batch_end", "n": 6, "what": "stop"})
     overlay = endings(ender)[3:5]
@@ -174,6 +175,7 @@ def test_a_sweep_takes_a_run_that_was_ended_early_for_finished(endings, tiny_rec
     assert "ended at step 3" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hook", "n"),
     [("on_train_batch_start", 6), ("on_train_batch_end", 5), ("on_after_backward", 7),
@@ -201,6 +203,7 @@ def test_whatever_a_callback_does_the_last_step_is_saved(
     assert_same_tensors(trained, RUN)
 
 
+@pytest.mark.slow
 def test_time_that_is_up_ends_a_run_between_two_steps(endings, tiny_recipe, trained, capsys):
     assert main(endings(max_time="00:00:00:00")) == 0
     assert newest(RUN) <= 1
@@ -487,10 +490,3 @@ def test_the_advice_about_a_bad_row_can_be_followed(tiny_settings, workplace, ca
 
 def _tokenizer(settings: dict) -> Path:
     return Path(settings["data"]["init_args"]["directory"]) / "tokenizer"
-
-
-def test_what_lightning_must_have(trained):
-    """`stop_only_after` relies on it."""
-    from lightning.pytorch import Trainer
-
-    require(Trainer(logger=False, accelerator="cpu").fit_loop.epoch_loop, "min_steps")

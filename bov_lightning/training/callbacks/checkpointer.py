@@ -7,7 +7,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from bov_lightning.checkpoint.directory import prune
-from bov_lightning.checkpoint.resuming import optimizer_state_of, random_state, restore, weights_of
+from bov_lightning.checkpoint.resuming import (
+    capture_random,
+    optimizer_state_of,
+    random_state,
+    restore,
+    weights_of,
+)
 from bov_lightning.checkpoint.writing import CheckpointWriter
 from bov_lightning.console import say
 from bov_lightning.distributed import preemption
@@ -58,7 +64,7 @@ class Checkpointer(Callback):
         self.writer: CheckpointWriter | None = None
         self.saved_step = self.step = 0
         self.n_failed = 0
-        self._kept: tuple[int, dict, dict] | None = None
+        self._kept: tuple[int, dict, tuple] | None = None
         self._stepping, self._n_batch = False, 0
 
     def state(self) -> tuple[int | None, int | None, str]:
@@ -195,12 +201,12 @@ class Checkpointer(Callback):
         """Keeps what a checkpoint of this step boundary needs besides the tensors."""
         self._kept = self._state(trainer, module)
 
-    def _state(self, trainer: Trainer, module: LightningModule) -> tuple[int, dict, dict]:
-        random = random_state(trainer.global_rank, module.device)
-        return trainer.global_step, dump_state(trainer), random
+    def _state(self, trainer: Trainer, module: LightningModule) -> tuple[int, dict, tuple]:
+        return trainer.global_step, dump_state(trainer), capture_random(module.device)
 
     def _save(self, trainer: Trainer, module: LightningModule) -> None:
-        step, rest, random = self._kept or self._state(trainer, module)
+        step, rest, captured = self._kept or self._state(trainer, module)
+        random = random_state(trainer.global_rank, module.device, captured)
         self._finish(False)
         # After a validation batch some parameters are still whole.
         reshard(module.model)
