@@ -12,6 +12,7 @@ import pytest
 from bov_lightning.cli import main
 from bov_lightning.errors import UserError
 from evaluation.data import VARIABLE, download, read_rows
+from evaluation.runner import Benchmarks, load_tasks
 
 ROWS = (
     b'{"query": "a", "choices": ["b", "c"], "gold": 0}\n{"query": "d", "choices": [], "gold": 1}\n'
@@ -159,3 +160,14 @@ def test_checksums_are_those_of_the_reference_files(shared):
         rows = read_rows(shared / "eval_bundle", metadata["file"], metadata["sha256"])
         assert len(rows) == metadata["rows"]
         assert json.dumps(rows[0])
+
+
+def test_a_task_without_rows_is_refused(tmp_path):
+    put(tmp_path, b"\n")
+    (tmp_path / "empty.yaml").write_text(
+        "task: empty\nclass: !function evaluation.scorer.CoreTask\nnum_fewshot: 0\nmetadata:\n"
+        "  kind: multiple_choice\n  delimiter: ' '\n  baseline: {v1: 0.5, v2: 0.5}\n"
+        f"  file: {NAME}\n"
+    )
+    with pytest.raises(UserError, match=f"empty: {NAME} has no rows to score"):
+        load_tasks(Benchmarks(("empty",), None, str(tmp_path), str(tmp_path)))
