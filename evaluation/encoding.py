@@ -202,18 +202,17 @@ class Encoder:
     def pair(self, context: str, continuation: str) -> Row:
         """The row of a plain lm-eval request; spaces at the context's end belong to what follows.
 
-        As lm-eval's own models cut it, with BOS in front. Where that leaves nothing, because the
-        continuation has merged with the context's last token, all from the first token that
-        differs is scored. A continuation that adds nothing to the tokens gives an empty row.
+        As lm-eval's own models cut it, with BOS in front. Where the continuation has merged with
+        the context's last token, all from the first token that differs is scored, and at least the
+        last. A continuation that adds nothing to the tokens gives an empty row.
         """
         n_space = len(context) - len(context.rstrip())
         if n_space:
             context, continuation = context[:-n_space], context[-n_space:] + continuation
         before, whole = self._whole(context), self._whole(context + continuation)
-        start = len(before)
-        if start >= len(whole) and not np.array_equal(before, whole):
-            start = max(1, min(_common_start([before, whole]), len(whole) - 1))
-        return Row(whole, start)
+        if np.array_equal(before, whole):
+            return Row(whole, len(whole))
+        return Row(whole, max(1, min(_common_start([before, whole]), len(whole) - 1)))
 
     def n_byte(self, row: Row) -> int:
         """UTF-8 bytes of the text that the scored tokens decode to where they stand."""

@@ -146,6 +146,7 @@ class BatchedLM(LM):
             chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
         )
 
+    @torch.no_grad()
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list:
         """A `Score` for a `PromptInstance`, (logprob, is_greedy) for any other request."""
         by_document: dict[tuple, list[int]] = {}
@@ -163,6 +164,7 @@ class BatchedLM(LM):
         sizes = [_size([requests[i] for i in indices]) for _, indices in documents]
         return self._score([key for key, _ in documents], sizes, encode, len(requests))
 
+    @torch.no_grad()
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
@@ -428,6 +430,7 @@ class BatchedLM(LM):
 
     # Generation.
 
+    @torch.no_grad()
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Text up to a stop sequence, greedy unless the task asks for sampling."""
         self.engine.prepare()

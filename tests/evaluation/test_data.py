@@ -12,6 +12,7 @@ import pytest
 from bov_lightning.cli import main
 from bov_lightning.errors import UserError
 from evaluation.data import VARIABLE, download, read_rows
+from evaluation.runner import Benchmarks, load_tasks
 
 ROWS = (
     b'{"query": "a", "choices": ["b", "c"], "gold": 0}\n{"query": "d", "choices": [], "gold": 1}\n'
@@ -167,3 +168,14 @@ def test_rows_of_a_task_are_the_lines_of_its_file(tmp_path):
     text = "\r\n".join([json.dumps(row, ensure_ascii=False) for row in rows] + ["", " "])
     (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
     assert read_rows(tmp_path, "x.jsonl", None) == rows
+
+
+def test_a_task_without_rows_is_refused(tmp_path):
+    put(tmp_path, b"\n")
+    (tmp_path / "empty.yaml").write_text(
+        "task: empty\nclass: !function evaluation.scorer.CoreTask\nnum_fewshot: 0\nmetadata:\n"
+        "  kind: multiple_choice\n  delimiter: ' '\n  baseline: {v1: 0.5, v2: 0.5}\n"
+        f"  file: {NAME}\n"
+    )
+    with pytest.raises(UserError, match=f"empty: {NAME} has no rows to score"):
+        load_tasks(Benchmarks(("empty",), None, str(tmp_path), str(tmp_path)))

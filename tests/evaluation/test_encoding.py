@@ -100,6 +100,31 @@ def raw_encoder(kind: str) -> Encoder:
     return Encoder(PreTrainedTokenizerFast(tokenizer_object=RAW[kind](), bos_token=start))
 
 
+@settings(max_examples=150, deadline=None)
+@given(items=st.lists(TEXT, min_size=2, max_size=4))
+@pytest.mark.parametrize("kind", ["multiple_choice", "schema"])
+def test_every_choice_has_something_to_score(kind, items, tokenizer):
+    """Equal ones, those that others begin with, and those that merge with what is before them."""
+    for own in (tokenizer, merging_tokenizer()):
+        rows = Encoder(own).rows(Prompts(kind, ("a b.\n\n",), tuple(items)))
+        assert all(1 <= row.start < len(row.ids) for row in rows)
+
+
+@settings(max_examples=300, deadline=None)
+@given(context=TEXT, continuation=TEXT)
+def test_pairs_are_scored_from_the_first_token_that_differs(context, continuation, tokenizer):
+    for own in (tokenizer, merging_tokenizer()):
+        row = Encoder(own).pair(context, continuation)
+        before, ids = whole(own, context.rstrip()), whole(own, context + continuation)
+        assert row.ids.tolist() == ids
+        if before == ids:
+            assert row.start == len(ids)  # nothing to score, which is refused
+        else:
+            assert 1 <= row.start < len(ids)
+            assert before[: row.start] == ids[: row.start] or len(before) > len(ids)
+            assert before[: row.start + 1] != ids[: row.start + 1]
+
+
 def test_crop_keeps_the_end_and_one_token_of_context(tokenizer):
     encoder = Encoder(tokenizer)
     (row,) = encoder.rows(Prompts("language_modeling", (), ("the parser", "the parser is")))

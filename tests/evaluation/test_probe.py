@@ -290,12 +290,12 @@ def small_lm(tokenizer) -> BatchedLM:
 
 
 def merging_pairs(tokenizer, text: str) -> list[tuple[str, str]]:
-    """All cuts of a text after which the continuation has no token of its own."""
+    """All cuts of a text that no token ends at, the last of which leave no token of their own."""
     whole = tokenizer.encode(text, add_special_tokens=False)
     cuts = [(text[:i], text[i:]) for i in range(1, len(text)) if not text[i - 1].isspace()]
-    return [
-        (a, b) for a, b in cuts if len(tokenizer.encode(a, add_special_tokens=False)) >= len(whole)
-    ]
+    ids = [tokenizer.encode(a, add_special_tokens=False) for a, _ in cuts]
+    assert any(len(own) >= len(whole) for own in ids)
+    return [cut for cut, own in zip(cuts, ids, strict=True) if own != whole[: len(own)]]
 
 
 def test_a_continuation_that_merges_with_its_context_is_scored(small_lm, tokenizer):

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from evaluation_material import VOCAB_SIZE, make_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from variants import make_model, perturb
 
 from bov_lightning.checkpoint.writing import write_checkpoint
@@ -59,6 +61,35 @@ def test_tables_name_protocol_interval_and_everything_that_was_cut():
     assert "3 prompts exceed the context of 64 tokens" in text
     assert "the time limit left rows out (core_x 2)" in text
     assert "fewer shots than the protocol's" in text
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    name=st.text("abc_", min_size=1, max_size=60),
+    numbers=st.lists(st.floats(-1e300, 1e300, allow_nan=False), min_size=3, max_size=3),
+    n_row=st.integers(0, 10**12),
+)
+def test_no_width_glues_two_columns_together(name, numbers, n_row):
+    perplexity, error, accuracy = numbers
+    results = fake_results([1, 0])
+    results["results"] |= {
+        name: {"word_perplexity,none": perplexity, "word_perplexity_stderr,none": error,
+               "sample_len": n_row},
+        f"{name}x": {"acc,none": accuracy, "acc_stderr,none": error, "sample_len": n_row,
+                     "centered,none": accuracy},
+    }  # fmt: skip
+    results["configs"][f"{name}x"] = results["configs"]["core_x"]
+    lines = {line.split()[0]: line.split() for line in report.table(results).splitlines()}
+    end = [f"{perplexity:.4f}", f"{error:.4f}", "word_perplexity"]
+    assert lines[name] == [name, "0", str(n_row), *end]
+    end = [f"{accuracy:.4f}", f"{error:.4f}", "0.250", f"{accuracy:.4f}"]
+    assert lines[f"{name}x"] == [f"{name}x", "0", str(n_row), *end]
+
+
+def test_what_the_context_cut_off_and_how_the_model_was_computed_are_said():
+    text = report.table(fake_results([1, 0], cut_answers={"core_x": 2}, notes=["as a whole"]))
+    assert "note: 2 answers ended where the context of 64 tokens does" in text
+    assert "note: as a whole" in text
 
 
 def test_comparison_is_paired_by_row():

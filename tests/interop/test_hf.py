@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -46,6 +47,55 @@ def exported(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("hf")
     assert export(write(folder), folder / "export") < 1e-5
     return folder / "export"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named_and_nothing_is_written(value, tmp_path, capsys):
+    checkpoint = write(tmp_path)
+    weights = read_weights(checkpoint)
+    name = next(name for name in weights if "blocks.1.mlp" in name)
+    weights[name][0, 0] = value
+    config = (checkpoint / "config.yaml").read_text()
+    write_checkpoint(tmp_path / "bad", 7, weights, config, tokenizer=tmp_path / "tokenizer")
+    bad, out = str(tmp_path / "bad"), tmp_path / "out"
+    assert main(["export", bad, "--output", str(out)]) == 2
+    assert f"not finite: {name} holds 1 of" in capsys.readouterr().err
+    assert not out.exists()
+    for temperature in ("0", "1"):
+        assert main(["generate", bad, "--prompt", "a", "--temperature", temperature]) == 2
+        assert "no token can be chosen" in capsys.readouterr().err
+
+
+def test_every_end_token_of_an_export_ends_a_text_and_comes_back(exported, tmp_path, capsys):
+    def text(path: Path) -> tuple[str, int]:
+        prompt = ["--prompt", "import ", "--temperature", "0", "--max-new-tokens", "12", "--json"]
+        assert main(["generate", str(path), *prompt]) == 0
+        line = json.loads(capsys.readouterr().out)
+        return line["text"], line["tokens"]
+
+    free, n_token = text(exported)
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    model = AutoModelForCausalLM.from_pretrained(exported).eval()
+    ids = torch.tensor([tokenizer.encode("import ")])
+    new = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
+    at = next(i for i in range(1, n_token) if new[i] not in new[:i])
+    other = shutil.copytree(exported, tmp_path / "other")
+    settings = json.loads((other / "generation_config.json").read_text())
+    settings["eos_token_id"] = [settings["eos_token_id"], new[at]]
+    (other / "generation_config.json").write_text(json.dumps(settings))
+    assert text(other) == (tokenizer.decode(new[:at]), at)
+    import_hf(other, tmp_path / "back")
+    assert text(tmp_path / "back") == text(other)
+    export(tmp_path / "back", tmp_path / "again")
+    assert text(tmp_path / "again") == text(other)
+    assert text(exported)[0] == free
+
+
+def test_files_of_two_exports_in_one_folder_are_refused(exported, tmp_path, capsys):
+    both = shutil.copytree(exported, tmp_path / "both")
+    shutil.copy(both / "model.safetensors", both / "model-00001-of-00001.safetensors")
+    assert main(["generate", str(both), "--prompt", "a"]) == 2
+    assert "twice" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -237,7 +237,8 @@ def test_gradients_that_are_never_finite_end_the_run(tiny_recipe, tiny_run, caps
     checkpoint = tiny_run / "checkpoints/step-00000008"
     (file,) = (checkpoint / WEIGHTS).glob("*.safetensors")
     with safe_open(file, "pt") as stored:
-        tensors, facts = {key: stored.get_tensor(key) for key in stored.keys()}, stored.metadata()
+        names, facts = stored.keys(), stored.metadata()
+        tensors = {name: stored.get_tensor(name) for name in names}
     tensors["blocks.0.mlp.input.weight"] *= 1e30
     save_file(tensors, file, facts)
     declare_complete(checkpoint)
