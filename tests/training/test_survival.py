@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from forks import Bov, bov
 from runs import assert_same_end, fit, metrics, newest
 from safetensors import safe_open
