@@ -221,11 +221,13 @@ class CoreTask(Task):
         bos = decode(self._encoder.bos.tolist())
         pairs = []
         for row, (before, after) in zip(self._encoder.rows(prompts), inexact, strict=True):
-            whole = decode(row.ids.tolist())
-            context = decode(row.ids[: row.start].tolist())
+            # Without BOS, behind which some decoders keep the space that starts every text.
+            whole = decode(row.ids[1:].tolist())
+            context = decode(row.ids[1 : row.start].tolist())
             # A character whose bytes lie in tokens on both sides cannot be cut.
-            lossless = whole == bos + before + after and whole.startswith(context)
-            pairs.append((context, whole[len(context) :]) if lossless else (bos + before, after))
+            if whole == before + after and whole.startswith(context):
+                before, after = context, whole[len(context) :]
+            pairs.append((bos + before, after))
         return pairs
 
     def process_results(self, doc: dict, results: list) -> dict[str, float]:
