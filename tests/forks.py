@@ -223,7 +223,13 @@ def _serve(control: socket.socket) -> None:
     sys.path[0] = request["cwd"]
     sys.argv[1:] = request["arguments"]
     # What an interpreter decides when it starts.
-    sys.stdout.reconfigure(line_buffering=os.isatty(1))
+    for number in (1, 2):
+        old = (sys.stdout, sys.stderr)[number - 1]
+        made = open(  # noqa: SIM115 (until the process ends)
+            number, "w", closefd=False, encoding=old.encoding, errors=old.errors,
+            buffering=1 if number == 2 or os.isatty(1) else -1,
+        )  # fmt: skip
+        setattr(sys, ("stdout", "stderr")[number - 1], made)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)

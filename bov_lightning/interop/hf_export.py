@@ -1,5 +1,6 @@
 """Checkpoints as `transformers` directories, with code and a card of their own."""
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,10 @@ def export(path: str | Path, output: Path, dtype: torch.dtype = torch.float32) -
         write_modelling_file(aside, config)
         if tokenizer is not None:
             _write_tokenizer(checkpoint / TOKENIZER, aside)
+            kept = checkpoint / TOKENIZER / "generation_config.json"
+            if kept.is_file():
+                # An import has kept all tokens that end a text.
+                shutil.copyfile(kept, aside / kept.name)
         weights = {f"model.{name}": t.contiguous() for name, t in model.state_dict().items()}
         save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
         (aside / "README.md").write_text(model_card(model, checkpoint, step), encoding="utf-8")

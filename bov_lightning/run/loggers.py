@@ -165,6 +165,9 @@ class TensorBoardEvents(RunLogger):
         if not self.directory.is_dir():
             raise FileNotFoundError(f"{self.directory} is gone")
         _leave_writers_failures_to_us()
+        if not any(self.directory.glob("events.out.tfevents.*")):
+            # Nothing to hide; a watcher that starts in the same second would lose its events.
+            self.purge_step = None
         if self.purge_step is not None:
             self._set_back(int(time.time()))
         self._writer = SummaryWriter(self.directory, purge_step=self.purge_step)

@@ -105,6 +105,7 @@ def test_another_architecture_is_refused(tiny_run, capsys):
     checkpoint = tiny_run / "checkpoints/step-00000008"
     config = checkpoint / "config.yaml"
     config.write_text(config.read_text().replace("d_model: 32", "d_model: 64"))
+    (checkpoint / MARKER).unlink()
     write_marker(checkpoint, 8, file_facts(checkpoint, list_files(checkpoint)))
     for command in (["validate", "runs/tiny"], ["generate", "runs/tiny"]):
         line = refused(capsys, command)
