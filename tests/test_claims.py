@@ -23,6 +23,7 @@ def leave(folder: Path, **changes) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_one_of_another_machine_that_gives_no_sign_is_taken_over(tmp_path):
     """However the clocks stand: one from the future is only watched."""
     path = leave(tmp_path)

@@ -106,6 +106,7 @@ def test_runs_and_exports_load(stored):
     assert torch.isfinite(model(ids(tokenizer))).all()
 
 
+@pytest.mark.slow
 def test_validate_prints_what_it_printed(stored, capsys):
     for run, printed in ((RUN, "validate"), (SHARDED, "validate sharded")):
         bov("validate", run, "--trainer.devices", "1")

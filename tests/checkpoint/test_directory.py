@@ -40,6 +40,7 @@ def write(run: Path, step: int, state: str = "good") -> Path:
     return folder
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.dictionaries(st.integers(1, 30), st.sampled_from(STATES), max_size=8),

@@ -226,6 +226,7 @@ def test_full_disk_is_one_line_and_leaves_no_half_checkpoint(tiny_recipe, workpl
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_plan_as_json(capsys):
     assert main(["plan", "--config", "bov-135m", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)

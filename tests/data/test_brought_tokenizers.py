@@ -32,6 +32,8 @@ from data_modules.tokenizer import (
     vocabulary_size,
 )
 
+pytestmark = pytest.mark.slow
+
 KINDS = {**WHOLE, **LIMITED}
 
 

@@ -37,6 +37,8 @@ from data_modules.encoding import (
 )
 from data_modules.tokenizer import SPLIT_PATTERN
 
+pytestmark = pytest.mark.slow
+
 CORPUS = [
     "def read(self, path):\n    return don't_we(1234567, 'x' * 20)\n",
     "It's a naïve café — she'll say they've been I'm WE'RE 日本語のテキスト 12 345\r\n\r\n",

@@ -244,6 +244,7 @@ def said(capsys):
     return said
 
 
+@pytest.mark.slow
 def test_validation_text_among_the_training_text_is_said_in_one_line(tmp_path, said):
     train, val = (
         write_parquet(tmp_path / f"{name}.parquet", numbered(1000 * i, 150))

@@ -29,6 +29,7 @@ def test_epochs_and_seeds_differ_and_look_shuffled():
             assert abs(np.corrcoef(order, other)[0, 1]) < 0.05
 
 
+@pytest.mark.slow
 @given(st.integers(1, 50), st.integers(0, 500))
 def test_positions_run_on_into_the_next_epoch(n_row, start):
     positions = np.arange(start, start + 20)
@@ -75,6 +76,7 @@ def test_any_division_of_the_batch_sees_the_same_batches_in_the_same_order(rows)
                 assert global_batches(rows, world, micro) == expected
 
 
+@pytest.mark.slow
 def test_interrupted_twice_anywhere_the_stream_goes_on_token_for_token(rows):
     expected = global_batches(rows, 1, 8)
     choose = random.Random(0)

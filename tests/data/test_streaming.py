@@ -67,6 +67,7 @@ def expected(corpus):
     return global_batches(corpus, [(1, 16, N_STEP)])
 
 
+@pytest.mark.slow
 def test_every_number_of_ranks_sees_the_same_global_batches(corpus, expected):
     assert len({str(batch) for batch in expected}) == N_STEP
     for world in (1, 2, 4, 8):

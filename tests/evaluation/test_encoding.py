@@ -32,6 +32,7 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(blocks=st.lists(TEXT, max_size=3), items=st.lists(TEXT, min_size=2, max_size=3))
 @pytest.mark.parametrize("kind", ["multiple_choice", "language_modeling"])

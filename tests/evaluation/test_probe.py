@@ -19,6 +19,8 @@ from evaluation.backends import HuggingFaceBackend, TransformerBackend
 from evaluation.command import load_model
 from evaluation.lm import BatchedLM
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "vocab_size": VOCAB_SIZE, "hidden_size": 48, "d_model": 48, "n_embd": 48, "n_inner": 64,
     "intermediate_size": 64, "ffn_dim": 64, "decoder_ffn_dim": 64, "num_hidden_layers": 2,

@@ -125,6 +125,7 @@ def model_directories(tmp_path, tokenizer):
     return tmp_path / "ours", tmp_path / "llama"
 
 
+@pytest.mark.slow
 def test_command_evaluates_compares_and_writes(model_directories, tasks_folder, tmp_path, capsys):
     ours, llama = map(str, model_directories)
     data = ["--data-dir", str(tasks_folder), "--include-path", str(tasks_folder)]

@@ -116,6 +116,7 @@ def make_watcher(run: Path, evaluate, lines: list[str]) -> Watcher:
     return Watcher(run, SETTINGS, evaluate, lines.append, poll_s=0.05)
 
 
+@pytest.mark.slow
 def test_checkpoint_that_vanishes_while_it_is_read(tiny_run, tasks_folder):
     from dataclasses import replace
 

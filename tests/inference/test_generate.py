@@ -204,6 +204,7 @@ def test_prompts_from_files_and_stdin_are_one(run, workplace, monkeypatch):
     assert [line["prompt"] for line in lines] == ["x", "def read", "import json"]
 
 
+@pytest.mark.slow
 def test_live_text_equals_the_collected_one(run):
     options = ("--prompt", "def ", "--seed", "3", "--top-p", "0.95", "--top-k", "50")
     collected = json.loads(run(*options, "--json"))

@@ -21,6 +21,8 @@ from bov_lightning.interop.hf_model import BoVConfig, BoVForCausalLM, BoVModel
 from bov_lightning.interop.hf_vocabulary import vocabulary_dimensions
 from bov_lightning.model.layers import rms_norm
 
+pytestmark = pytest.mark.slow
+
 VARIANTS = sorted({*KINDS, "low_rank_bank"})
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 70}
 """`transformers` takes tokens of the padding's id for padding: here no token has it."""

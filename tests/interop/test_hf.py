@@ -66,6 +66,7 @@ def test_weights_that_are_not_finite_are_named_and_nothing_is_written(value, tmp
         assert "no token can be chosen" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_end_token_of_an_export_ends_a_text_and_comes_back(exported, tmp_path, capsys):
     def text(path: Path) -> tuple[str, int]:
         prompt = ["--prompt", "import ", "--temperature", "0", "--max-new-tokens", "12", "--json"]
@@ -389,6 +390,7 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copytree(source, target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("d_mlp", ["like_bank", 40])
 @torch.no_grad()
 def test_mlps_of_any_width_go_out_and_come_back(d_mlp, tmp_path):

@@ -82,6 +82,7 @@ def test_a_checkpoint_imports_nothing(command, module, workplace, capsys):
     assert not (workplace / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_export_imports_nothing(module, workplace, capsys):
     export(write_bank(workplace), workplace / "theirs")
     path = workplace / "theirs" / "config.json"
@@ -224,6 +225,7 @@ def nothing(): return os.sep, sys.path
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["", "\f", "\n\f\n", "\x0b", "\x1c", "\x85", "\u2028"])
 def test_no_own_import_is_left_however_a_file_is_laid_out(page, workplace, monkeypatch):
     """Page breaks are white space of Python, the others stand in strings; none ends a line."""

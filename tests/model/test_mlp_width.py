@@ -17,6 +17,7 @@ from bov_lightning.recipe.sections import BudgetConfig
 BANK = ValueConfig(**OVERLAYS["bov"])
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     n_layer=st.integers(3, 14), n_kv_head=st.sampled_from([1, 2, 4]),

@@ -159,6 +159,7 @@ def test_value_variants_have_a_plan(accelerator):
         assert found["peak"] <= sum(found[kind] for kind in KINDS), path
 
 
+@pytest.mark.slow
 def test_the_simulation_leaves_nothing_behind():
     plan(world=2)
     assert not torch.distributed.is_initialized()

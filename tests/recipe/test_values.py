@@ -284,6 +284,7 @@ trees = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.text(min_size=1), trees, max_size=5), st.booleans(), st.booleans())
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_what_yaml_writes_is_read_as_yaml_reads_it(data, flow, mark):

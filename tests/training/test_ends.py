@@ -23,6 +23,8 @@ from bov_lightning.report.reading import read_runs
 from bov_lightning.run.directory import RunDirectory
 from evaluation.watch import last_step
 
+pytestmark = pytest.mark.slow
+
 RUN = Path("runs/tiny")
 
 CALLBACKS = '''

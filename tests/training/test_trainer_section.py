@@ -6,6 +6,8 @@ import pytest
 
 from bov_lightning.cli import main
 
+pytestmark = pytest.mark.slow
+
 CALLBACKS = "lightning.pytorch.callbacks"
 OWN = """
 from lightning.pytorch import Callback

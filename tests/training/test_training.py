@@ -174,6 +174,7 @@ def test_resume_never_moves_the_old_run_aside(tiny_recipe, tiny_run, capsys):
     assert "tiny.old-1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_name_that_loggers_know_goes_where_the_run_goes(tiny_recipe, tiny_run, monkeypatch):
     """The variable is what Weights & Biases reads when Lightning's logger first asks for it."""
     seen = []
@@ -221,6 +222,7 @@ def test_another_recipe_does_not_resume_a_run(tiny_recipe, tiny_run, capsys, opt
     assert "run.name" in error
 
 
+@pytest.mark.slow
 def test_keep_last_and_keep_every_prune_the_rest(tiny_recipe):
     run = fit(tiny_recipe, "--checkpoint.keep_last", "1", "--checkpoint.keep_every", "4")
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [
