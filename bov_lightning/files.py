@@ -86,8 +86,9 @@ def put_in_place(aside: Path, target: Path) -> None:
         _open_to_others(aside)
     for path in (*sorted(aside.rglob("*")), aside):
         _fsync(path)
-    old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.old")
     while aside.exists():
+        # Another name each time: what was there may be in the way of what is there now.
+        old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.old")
         if target.is_dir():
             # Renamed first: a half-deleted directory must not pass for a whole one.
             with contextlib.suppress(FileNotFoundError):
