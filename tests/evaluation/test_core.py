@@ -72,10 +72,11 @@ def test_batches_and_sharing_change_no_row(runtime, shared):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_ranks_score_rows_of_all_tasks_alike(shared):
-    """As one process does, whose rows are the authors' (above)."""
-    expected = found_rows(score(shared, ("core_paper",), 20))
-    for found in in_processes(2, score_on_rank, str(shared), ("core_paper",), 20, True):
+def test_two_ranks_score_rows_alike(shared):
+    """A sharded model as one process does, whose rows are the authors' (above)."""
+    tasks = tuple(f"core_{name}" for name in SHORT)
+    expected = found_rows(score(shared, tasks, 20))
+    for found in in_processes(2, score_on_rank, str(shared), tasks, 20, True):
         assert found == expected
 
 
