@@ -193,7 +193,9 @@ class HuggingFaceBackend:
             real = (slot < lengths_B[:, None]).long()
             first = cache.mask.shape[1] == 0
             cache.mask = torch.cat((cache.mask, real), dim=1)
-            arguments["past_key_values"] = cache.states
+            # transformers 5.24 has renamed it.
+            name = "cache" if "cache" in self._accepted else "past_key_values"
+            arguments[name] = cache.states
             if not first:
                 arguments["attention_mask"] = cache.mask
                 # Padding may lie beyond a learned position table.
