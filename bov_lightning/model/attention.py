@@ -64,6 +64,9 @@ class _Rotation(torch.autograd.Function):
         return torch.addcmul(x * cos, torch.cat((x2, x1), dim=-1), sin)
 
 
+LEAST_FLEX_HEAD = 16
+"""Channels per head that FlexAttention asks for on CUDA."""
+
 Mask = Union[Tensor, "BlockMask", int, None]
 """What `attend` takes: (T, T) or (B, 1, T, T) bool, True where a query (row) sees a key (column);
 FlexAttention's form of it on CUDA; a window, in tokens; None for plain causal attention."""
@@ -179,7 +182,12 @@ def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Mask) -> Tensor
     if isinstance(mask, int):
         return _attend_in_window(q_BHTD, k_BKTD, v_BKTD, mask, how)
     if not isinstance(mask, Tensor | None):
-        return _compiled_flex_attention()(q_BHTD, k_BKTD, v_BKTD, block_mask=mask, **how)
+        # FlexAttention takes no narrower heads; zeros change neither scores nor values.
+        narrow = max(0, LEAST_FLEX_HEAD - v_BKTD.shape[3])
+        if narrow:
+            q_BHTD, k_BKTD, v_BKTD = (F.pad(x, (0, narrow)) for x in (q_BHTD, k_BKTD, v_BKTD))
+        y_BHTD = _compiled_flex_attention()(q_BHTD, k_BKTD, v_BKTD, block_mask=mask, **how)
+        return y_BHTD[..., : y_BHTD.shape[3] - narrow]
     is_causal = False
     # Decided here: lengths are symbols while a graph of any length is exported.
     if mask is None and q_BHTD.shape[2] == k_BKTD.shape[2]:
