@@ -88,11 +88,6 @@ class TransformerConfig:
     d_model: Annotated[int, Range(24, 2**20)] = 768
     """Width of the residual stream, of which the smear reads 24 channels."""
 
-    d_mlp: Annotated[int | Literal["like_bank"] | None, Range(1, 2**20)] = None
-    """Width of the MLPs. null: 4 x d_model. like_bank: so wide that the network, with standard
-    values, holds as many parameters as with a bank in its last third of layers, to within the
-    rounding to a multiple of 16: the control of the bank's parameters."""
-
     vocab_size: Annotated[int | None, Range(2, 2**31)] = None
     """Number of token ids. null: taken from the data's tokenizer."""
 
@@ -109,6 +104,11 @@ class TransformerConfig:
 
     value: ValueConfig = field(default_factory=ValueConfig)
     """Where value vectors come from."""
+
+    d_mlp: Annotated[int | Literal["like_bank"] | None, Range(1, 2**20)] = None
+    """Width of the MLPs. null: 4 x d_model. like_bank: so wide that the network, with standard
+    values, holds as many parameters as with a bank in its last third of layers, to within the
+    rounding to a multiple of 16: the control of the bank's parameters."""
 
     def __post_init__(self):
         if self.d_model < 24:

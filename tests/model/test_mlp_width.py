@@ -93,3 +93,10 @@ def test_the_overlay_makes_the_control():
     recipe = read(["nano", "values/wide"]).recipe
     assert recipe.model.config.mlp_width > 4 * recipe.model.config.d_model
     assert read(["nano", "values/wide"]).recipe.run.name == "nano-wide"
+
+
+def test_shapes_may_be_given_by_position():
+    """As benchmarks and scripts do: later keys come behind those that were there."""
+    shape = TransformerConfig(6, 4, 2, 128, 4096, 256, "L")
+    found = (shape.vocab_size, shape.sequence_len, shape.window_pattern, shape.d_mlp)
+    assert found == (4096, 256, "L", None)
