@@ -21,6 +21,20 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+def moved(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's, on ``device``; the host waits for no GPU, as it would unpinned."""
+    if device.type != "cuda" or host.device.type == "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+def on_device(numbers: list[int], device: torch.device) -> Tensor:
+    """Those numbers, (N,) int64; equal ones, as most are, are not even copied."""
+    if len(set(numbers)) == 1:
+        return torch.full((len(numbers),), numbers[0], dtype=torch.int64, device=device)
+    return moved(torch.tensor(numbers, dtype=torch.int64), device)
+
+
 class Step:
     """One call's new tokens: how many each row gets, and where they stand."""
 
@@ -30,14 +44,14 @@ class Step:
         self.after = [old + new for old, new in zip(before, lengths, strict=True)]
         self.uniform = len(set(before)) == 1 and set(lengths) == {n_token}
         rows = before[:1] if self.uniform else before
-        self.before_B1 = torch.tensor(rows, device=device)[:, None]
+        self.before_B1 = on_device(rows, device)[:, None]
         self.positions_BT = self.before_B1 + torch.arange(n_token, device=device)
         """(1, T) where all rows stand at the same place."""
 
     @cached_property
     def length_column(self) -> Tensor:
         """(B, 1): new tokens of each row."""
-        return torch.tensor(self.lengths, device=self.device)[:, None]
+        return on_device(self.lengths, self.device)[:, None]
 
 
 class Span:
@@ -76,7 +90,7 @@ class Span:
         if not self.wraps:
             return slot
         known = self.step.before if self.joins else self.step.after
-        last = torch.tensor(known[:1] if self.step.uniform else known, device=slot.device) - 1
+        last = on_device(known[:1] if self.step.uniform else known, slot.device) - 1
         return last[:, None] - (last[:, None] - slot) % self.capacity
 
     @cached_property
@@ -115,7 +129,7 @@ class Span:
         if not step.uniform:
             token, length = torch.arange(step.n_token), torch.tensor(step.lengths)[:, None]
             due = (token < length) & (token >= length - capacity)
-            rows, tokens = due.nonzero().to(step.device).unbind(1)
+            rows, tokens = moved(due.nonzero(), step.device).unbind(1)
             slots = (step.before_B1[rows, 0] + tokens) % capacity
             kept_BKSD[rows, :, slots] = x_BTKD[rows, tokens].to(kept_BKSD.dtype)
             return
@@ -288,12 +302,7 @@ class Cache:
             )
         # Ids that were sampled are right, and reading them back would make a GPU wait.
         if n_token > 1 or token_ids_BT.device.type == "cpu":
-            low, high = (int(x) for x in token_ids_BT.aminmax())
-            if low < 0 or high >= self.config.vocab_size:
-                raise UserError(
-                    f"token id {low if low < 0 else high} is outside of the vocabulary of "
-                    f"{self.config.vocab_size}"
-                )
+            self.check_ids(token_ids_BT)
         if self.slots is not None:
             new_ids = self.slots.admit(token_ids_BT)
             for rows in self.rows.values():
@@ -304,6 +313,15 @@ class Cache:
             self._whole.write(self._token_ids[:, None, :, None], token_ids_BT[:, :, None, None])
         self._step = step
         return step.positions_BT
+
+    def check_ids(self, token_ids_BT: Tensor) -> None:
+        """Refuses ids beyond the vocabulary; where they are on a GPU, this waits for it."""
+        low, high = torch.stack(token_ids_BT.aminmax()).tolist()
+        if low < 0 or high >= self.config.vocab_size:
+            raise UserError(
+                f"token id {low if low < 0 else high} is outside of the vocabulary of "
+                f"{self.config.vocab_size}"
+            )
 
     @property
     def masks(self) -> dict[int | None, Tensor | None]:
@@ -324,7 +342,7 @@ class Cache:
     def finish(self) -> None:
         """Counts the step's tokens."""
         self._lengths = self._step.after
-        self.lengths = torch.tensor(self._lengths, device=self.device)
+        self.lengths = on_device(self._lengths, self.device)
         for store in self.stores:
             store.release()
 

@@ -84,7 +84,8 @@ class Slots:
         new = ids[self.slot_of_id[ids] < 0]
         slots = torch.arange(self.n_used, self.n_used + len(new))
         self.slot_of_id[new] = slots
-        self.on_device[new.to(self.device)] = slots.to(self.device)
+        if len(new):
+            self.on_device[new.to(self.device)] = slots.to(self.device)
         self.n_used += len(new)
         return new
 
@@ -141,6 +142,10 @@ class BankRows:
         other = BankRows(self.table, self.dtype, self.device)
         other._rows = self.wait().clone()
         other._n_used = self._n_used
+        if other._stream is not None:
+            # The copy's own stream reads these rows next, and may be the last that does.
+            other._stream.wait_stream(torch.cuda.current_stream(self.device))
+            other._rows.record_stream(other._stream)
         return other
 
     @property

@@ -61,6 +61,10 @@ class ValueSource(nn.Module):
     value_cache: ClassVar[bool] = True
     """Whether decoding must keep the layer's own values. False: `reserve` and `attend_past` say
     what it keeps instead."""
+    capturable: ClassVar[bool] = True
+    """Whether decoding one token is the same operations on the same shapes at every step, so that
+    a CUDA graph can replay them. False: its `forward` or `attend_past` reads numbers back
+    (`.item()`, `nonzero`), or counts in Python."""
     optimizer_groups: ClassVar[dict[str, str]] = {}
     """Optimizer group by parameter name; a parameter that is not named is a Muon matrix."""
 
@@ -237,6 +241,11 @@ class LayerValues(nn.Module):
     def value_cache(self) -> bool:
         """Whether decoding must keep this layer's own values."""
         return self.add_context or self._source.value_cache
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can replay the decoding of one token."""
+        return self._source.capturable
 
     def vectors_read(self, n_past: int) -> int:
         """How many value vectors decoding one token after ``n_past`` reads at most."""
