@@ -113,5 +113,6 @@ def fake_gpu() -> Iterator[Watch]:
             ):
                 yield watch
         finally:
+            FakeTensorMode.cache_clear()
             for function in cached:
                 function.cache_clear()
