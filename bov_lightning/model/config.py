@@ -1,10 +1,10 @@
 """The shape of the network, as typed dataclasses that refuse impossible combinations when built."""
 
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
 
 from bov_lightning.errors import UserError
-from bov_lightning.kinds import Range, check_least
+from bov_lightning.kinds import Range, check_least, read_settings
 from bov_lightning.model.lookup import source_class
 
 LAYER_SETS = {
@@ -45,8 +45,15 @@ class ValueConfig:
     shared: bool = False
     """Whether all target layers share one table (a bank, or a source of your own that can)."""
 
+    source_args: dict[str, Any] = field(default_factory=dict)
+    """Settings of the source, those that its class has; an overlay that names a source begins
+    anew."""
+
     def __post_init__(self):
         source = source_class(self.source)
+        found = read_settings(source.args_class, self.source_args, "value.source_args")
+        # Spelled out, so that what stores a configuration stores the defaults of its day.
+        object.__setattr__(self, "source_args", asdict(found))
         if self.shared and not source.shareable:
             raise UserError(
                 f"value.shared needs a source with a table, such as bank, not {self.source}: "
@@ -66,10 +73,17 @@ class ValueConfig:
                 raise UserError("value.layers is an empty list: for no target layers use context")
             if len(set(self.layers)) < len(self.layers):
                 raise UserError(f"value.layers names a layer twice: {self.layers}")
-            if 0 in self.layers and source.skips_first_layer:
+            read = source.reads_layer(self)
+            if read is not None and min(self.layers) <= read:
                 raise UserError(
-                    f"value.layers holds 0, but {self.source} reads the value that layer 0 computes"
+                    f"value.layers holds {min(self.layers)}, but {self.source} reads the value "
+                    f"that layer {read} computes"
                 )
+
+    @property
+    def args(self) -> Any:
+        """``source_args`` as the source's own dataclass."""
+        return source_class(self.source).args_class(**self.source_args)
 
 
 @dataclass(frozen=True)
@@ -151,6 +165,7 @@ class TransformerConfig:
                 f"value.layers {self.value.layers} selects no layer of {self.n_layer} for source "
                 f"{self.value.source}: add layers or choose another set"
             )
+        source_class(self.value.source).check(self)
 
     @property
     def head_dim(self) -> int:
@@ -191,7 +206,8 @@ class TransformerConfig:
         """The layers whose values come from ``value.source``."""
         if isinstance(self.value.layers, list):
             return sorted(self.value.layers)
-        first = 1 if source_class(self.value.source).skips_first_layer else 0
+        read = source_class(self.value.source).reads_layer(self.value)
+        first = 0 if read is None else read + 1
         is_target = LAYER_SETS[self.value.layers]
         return [layer for layer in range(first, self.n_layer) if is_target(layer, self.n_layer)]
 

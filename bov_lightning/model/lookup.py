@@ -44,6 +44,13 @@ def import_module_of(path: str) -> None:
         ) from None
 
 
+def named_sources() -> dict[str, type]:
+    """The sources that come with the package, by name."""
+    if not _named:
+        importlib.import_module(BUILT_IN)
+    return _named
+
+
 def source_class(name: str) -> type:
     """The `ValueSource` of that name, or of that class path.
 
@@ -54,13 +61,12 @@ def source_class(name: str) -> type:
     Raises:
         UserError: an unknown name, with the known ones, or a class that is not imported.
     """
-    if not _named:
-        importlib.import_module(BUILT_IN)
+    named = named_sources()
     module, _, _ = name.rpartition(".")
     if module and module in os.environ.get(TRUSTED, "").split(","):
         import_module_of(name)
     # The last one of a path: a notebook may have run its cell again.
-    sources = {class_path(cls): cls for cls in _all} | _named
+    sources = {class_path(cls): cls for cls in _all} | named
     if name in sources:
         return sources[name]
     if module:
@@ -69,6 +75,6 @@ def source_class(name: str) -> type:
             f"checkpoint does not; if you trust that module, set {TRUSTED}={module}"
         )
     raise UserError(
-        f"value.source {name!r} is unknown: use one of {', '.join(_named)}, or the class path of "
+        f"value.source {name!r} is unknown: use one of {', '.join(named)}, or the class path of "
         "a source of your own"
     )

@@ -7,6 +7,7 @@ and with the layer's context value x W_V; the variants of the paper are such com
 Shapes: B batch, T time, C = d_model, V = n_kv_head * head_dim.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from bov_lightning.model.lookup import register, source_class
 if TYPE_CHECKING:
     from bov_lightning.model.attention import Mask
     from bov_lightning.model.cache import LayerCache
-    from bov_lightning.model.config import TransformerConfig
+    from bov_lightning.model.config import TransformerConfig, ValueConfig
     from bov_lightning.model.offload import HostTable
 
 GATE_CHANNELS = 12
@@ -40,12 +41,20 @@ class ValueInputs(NamedTuple):
     """The first layer's value, (B, T, V); None inside the first layer."""
 
 
+@dataclass(frozen=True)
+class NoArgs:
+    """The settings of a source that has none."""
+
+
 class ValueSource(nn.Module):
     """One way of computing value vectors.
 
     Recipes name the ones below by their ``name``, a class of somebody's own by its class path.
     """
 
+    args_class: ClassVar[type] = NoArgs
+    """The dataclass of ``value.source_args``: annotated fields, with docstrings that say what they
+    mean. ``config.value.args`` is an instance of it."""
     n_projection: ClassVar[int] = 0
     """How often the source applies the layer's own W_V."""
     is_context: ClassVar[bool] = False
@@ -68,6 +77,16 @@ class ValueSource(nn.Module):
         """Makes the class known to recipes; one of the package by a short ``name`` too."""
         super().__init_subclass__()
         register(cls, name)
+
+    @classmethod
+    def check(cls, config: "TransformerConfig") -> None:
+        """Raises a `UserError` where the source does not fit the network, whose vocab_size may not
+        be known yet."""
+
+    @classmethod
+    def reads_layer(cls, value: "ValueConfig") -> int | None:
+        """The layer whose value the source reads: its target layers all lie above it."""
+        return 0 if cls.skips_first_layer else None
 
     def __init__(self, config: "TransformerConfig"):
         super().__init__()
