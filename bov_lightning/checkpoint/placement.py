@@ -41,6 +41,8 @@ def place(
                 module.offload(_host_table(module, name, bank_device, device, dtype, files, prefix))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(device=device, dtype=dtype, copy=True)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device=device, copy=True)
 
 
 def _host_table(
