@@ -11,18 +11,20 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY
+from parity import NAMES
 
 from bov_lightning.model.config import TransformerConfig, ValueConfig
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.recipe.overlays import import_source
 
-PAPER = sorted(
+VALUES = sorted(
     path for path in (REPOSITORY / "recipes" / "values").glob("*.yaml") if path.stem != "wide"
 )
 """Without the control, whose values are the standard ones."""
+PAPER = [path for path in VALUES if path.stem in NAMES]
 EXAMPLES = sorted((REPOSITORY / "examples").glob("*.yaml"))
 OWN = [Path(name) for name in filter(None, os.environ.get("BOV_OVERLAYS", "").split(","))]
-PATHS = {path.stem: path for path in (*PAPER, *EXAMPLES, *OWN)}
+PATHS = {path.stem: path for path in (*VALUES, *EXAMPLES, *OWN)}
 OUTSIDE = [path.stem for path in (*EXAMPLES, *OWN)]
 """Variants whose class is not in the package: what the slow suite does for all is done for them."""
 
@@ -35,7 +37,7 @@ def read_overlay(path: Path) -> dict:
 
 OVERLAYS = {name: read_overlay(path) for name, path in PATHS.items()}
 KINDS = {"standard", "bov", "bov_add_context", "first_layer_every", "initial_embedding",
-         "value_embedding_gated"}  # fmt: skip
+         "value_embedding_gated", "key", "layer_third", "bov_per_channel"}  # fmt: skip
 """Variants of which each goes another way through the code: one per source, sums and gates."""
 SMALL = {"n_layer": 6, "n_head": 4, "n_kv_head": 2, "d_model": 48, "vocab_size": 70}
 

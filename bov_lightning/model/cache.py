@@ -202,9 +202,9 @@ class LayerCache:
         """Sets room aside for this layer's own values."""
         self.values = self.cache.new_store(self.span)
 
-    def keep_first_values(self) -> None:
-        """Sets room aside for the first layer's values in this layer's window, once per window."""
-        self.values = self.cache.first_values(self.span)
+    def keep_values_of(self, layer: int) -> None:
+        """Sets room aside for that layer's values in this layer's window, once per window."""
+        self.values = self.cache.values_of(layer, self.span)
 
     def keep_row_ids(self) -> None:
         """Sets room aside for what `ValueSource.row_ids` gives, once for all layers."""
@@ -256,7 +256,7 @@ class Cache:
         self._lengths = [0] * batch_size
         self._spans: dict[int | None, Span] = {}
         self.stores: list[Store] = []
-        self._first_values: dict[Span, Store] = {}
+        self._values_of: dict[tuple[int, Span], Store] = {}
         self.rows: dict[HostTable, BankRows] = {}
         self.slots: Slots | None = None
         self._whole = self.span(None)
@@ -287,14 +287,14 @@ class Cache:
         self.stores.append(Store(span, torch.zeros(shape, dtype=self.dtype, device=self.device)))
         return self.stores[-1]
 
-    def first_values(self, span: Span) -> Store:
-        """The first layer's values within ``span``: its own store where its window is the same."""
-        first = self.layers[0]
-        if first.span is span:
-            return first.values
-        if span not in self._first_values:
-            self._first_values[span] = self.new_store(span)
-        return self._first_values[span]
+    def values_of(self, layer: int, span: Span) -> Store:
+        """A layer's values within ``span``: its own store where its window is the same."""
+        own = self.layers[layer]
+        if own.span is span:
+            return own.values
+        if (layer, span) not in self._values_of:
+            self._values_of[layer, span] = self.new_store(span)
+        return self._values_of[layer, span]
 
     def keep_numbers(self, name: str, dtype: torch.dtype, each: tuple[int, ...] = ()) -> None:
         """Sets room aside for numbers of that name, (B, max_context, *each); once."""

@@ -81,9 +81,9 @@ class Block(nn.Module):
         self.attention = Attention(config, values)
         self.mlp = MLP(config.d_model, config.mlp_width)
 
-    def forward(self, x_BTC, x0_BTC, tokens, first_value, rotary, mask, past=None):
+    def forward(self, x_BTC, x0_BTC, tokens, layer_value, rotary, mask, past=None):
         """The residual stream after this block, and the block's value."""
-        inputs = ValueInputs(rms_norm(x_BTC), x0_BTC, tokens.ids, first_value, *tokens[1:])
+        inputs = ValueInputs(rms_norm(x_BTC), x0_BTC, tokens.ids, layer_value, *tokens[1:])
         attended_BTC, value = self.attention(inputs, rotary, mask, past)
         x_BTC = x_BTC + attended_BTC
         return x_BTC + self.mlp(rms_norm(x_BTC)), value
@@ -206,15 +206,15 @@ class Transformer(nn.Module):
         masks = text.masks
         x_BTC = rms_norm(self.embedding(token_ids_BT) if embedded_BTC is None else embedded_BTC)
         x_BTC = x0_BTC = self.smear(x_BTC, starts_BT, text.take_previous(x_BTC))
-        first_value = None
-        for block, past in zip(self.blocks, text.layers, strict=True):
+        layer_value, read_layer = None, config.read_layer or 0
+        for i, (block, past) in enumerate(zip(self.blocks, text.layers, strict=True)):
             if states is not None:
                 states.append(x_BTC)
             mask = masks[block.window]
             again = past is None and block.recompute is not None and torch.is_grad_enabled()
             run = partial(block.recompute, block) if again else block
-            x_BTC, value = run(x_BTC, x0_BTC, text.tokens, first_value, rotary, mask, past)
-            first_value = value if first_value is None else first_value
+            x_BTC, value = run(x_BTC, x0_BTC, text.tokens, layer_value, rotary, mask, past)
+            layer_value = value if i == read_layer else layer_value
         text.finish()
         if states is not None:
             states.append(x_BTC)
@@ -311,13 +311,25 @@ class Attention(nn.Module):
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (-1, self.head_dim))
 
-        q_BTHD = rms_norm(rotate(heads(self.query(inputs.x)), *rotary))
-        k_BTKD = rms_norm(rotate(heads(self.key(inputs.x)), *rotary))
+        def turn(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+            return rms_norm(rotate(x, *angles))
+
+        q_BTHD = turn(heads(self.query(inputs.x)), rotary)
+        k_BTKD = heads(self.key(inputs.x))
+        if self.value.reads_keys:
+            inputs = inputs._replace(key=k_BTKD.flatten(2))
         if past is None:
+            k_BTKD = turn(k_BTKD, rotary)
             value = self.value(inputs)
             v_BTKD = heads(value).to(q_BTHD.dtype)
             y_BHTD = attend(*(x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD)), mask)
         else:
-            q_BHTD, k_BKSD = q_BTHD.transpose(1, 2), past.keys.extend(k_BTKD)
+            if self.value.keeps_plain_keys:
+                plain_BSKD = past.keys.extend(k_BTKD).transpose(1, 2).to(q_BTHD.dtype)
+                angles = rotary_angles_at(past.span.key_positions, self.head_dim)
+                k_BKSD = turn(plain_BSKD, angles).transpose(1, 2)
+            else:
+                k_BKSD = past.keys.extend(turn(k_BTKD, rotary))
+            q_BHTD = q_BTHD.transpose(1, 2)
             y_BHTD, value = self.value.attend_past(inputs, q_BHTD, k_BKSD, mask, past)
         return self.output(y_BHTD.transpose(1, 2).flatten(2)), value

@@ -8,7 +8,7 @@ Shapes: B batch, T time, C = d_model, V = n_kv_head * head_dim, R table rows per
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,8 @@ from bov_lightning.model.ngrams import NO_KEY, largest_prime, ngram_keys
 if TYPE_CHECKING:
     from bov_lightning.model.attention import Mask
     from bov_lightning.model.cache import LayerCache
-    from bov_lightning.model.config import TransformerConfig, ValueConfig
+    from bov_lightning.model.config import TransformerConfig
     from bov_lightning.model.offload import HostTable
-
-GATE_CHANNELS = 12
-"""The gate reads the first channels of x."""
 
 FREQUENT_AMONG = 2**20
 """Tokens of the training text in which the most frequent n-grams are counted."""
@@ -44,13 +41,21 @@ class ValueInputs(NamedTuple):
     token_ids: Tensor
     """(B, T), int64. Decoding, these are the new tokens alone: what a value needs of those before
     its own is in ``ngrams``."""
-    first_value: Tensor | None
-    """The first layer's value, (B, T, V); None inside the first layer."""
+    layer_value: Tensor | None
+    """The value of the layer that the source reads (`ValueSource.reads_layer`), the first one
+    unless it says otherwise, (B, T, V); None up to that layer."""
     ngrams: Tensor
     """(B, T, 1 + `ValueSource.reach`), int64: each token's own id, then that of the one before and
     so on; -1 beyond the start of its row or document."""
     row_ids: Tensor
     """What `ValueSource.row_ids` made of them, (B, T) or (B, T, R)."""
+    key: Tensor | None = None
+    """The layer's keys x W_K before rotation and norm, (B, T, V), where the source reads them."""
+
+    @property
+    def first_value(self) -> Tensor | None:
+        """``layer_value`` of a source that reads the first layer's."""
+        return self.layer_value
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,9 @@ class ValueSource(nn.Module):
     value_cache: ClassVar[bool] = True
     """Whether decoding must keep the layer's own values. False: `reserve` and `attend_past` say
     what it keeps instead."""
+    reads_keys: ClassVar[bool] = False
+    """Whether values are made of the layer's keys. Without a value cache, decoding then keeps keys
+    as they are before rotation and norm, and each step rotates them."""
     optimizer_groups: ClassVar[dict[str, str]] = {}
     """Optimizer group by parameter name; a parameter that is not named is a Muon matrix."""
 
@@ -101,7 +109,7 @@ class ValueSource(nn.Module):
         be known yet."""
 
     @classmethod
-    def reads_layer(cls, value: "ValueConfig") -> int | None:
+    def reads_layer(cls, config: "TransformerConfig") -> int | None:
         """The layer whose value the source reads: its target layers all lie above it."""
         return 0 if cls.skips_first_layer else None
 
@@ -166,22 +174,82 @@ class ContextValue(ValueSource, name="context"):
         return projection(inputs.x)
 
 
-class FirstLayerValue(ValueSource, name="first_layer"):
-    """The value that the first layer computed."""
+@dataclass(frozen=True)
+class LayerArgs:
+    """Settings of `layer`."""
 
+    layer: Annotated[int | Literal["third", "half"], Range(0, 9_999)] = 0
+    """The layer whose value is read, counted from 0; third and half: n_layer // 3, n_layer // 2.
+    Target layers lie above it."""
+
+
+class LayerValue(ValueSource, name="layer"):
+    """The value that a lower layer computed."""
+
+    args_class = LayerArgs
     skips_first_layer = True
     reads_token_ids = False
     value_cache = False
 
+    @classmethod
+    def reads_layer(cls, config):
+        layer = config.value.args.layer
+        parts = {"third": 3, "half": 2}
+        return config.n_layer // parts[layer] if layer in parts else layer
+
+    @classmethod
+    def check(cls, config):
+        read, n_layer = cls.reads_layer(config), config.n_layer
+        if read >= n_layer - 1:
+            raise UserError(
+                f"value.source {config.value.source} reads the value of layer {read}, so it selects "
+                f"no layer of {n_layer}: none lies above that"
+            )
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layer = self.reads_layer(config)
+
     def forward(self, inputs, projection):
-        return inputs.first_value
+        return inputs.layer_value
 
     def reserve(self, past):
-        past.keep_first_values()
+        past.keep_values_of(self.layer)
 
     def attend_past(self, inputs, q_BHTD, k_BKSD, mask, past):
-        v_BTKD = inputs.first_value.unflatten(-1, (k_BKSD.shape[1], -1))
+        v_BTKD = inputs.layer_value.unflatten(-1, (k_BKSD.shape[1], -1))
         return attend_values(q_BHTD, k_BKSD, past.values.extend(v_BTKD), mask)
+
+
+class FirstLayerValue(LayerValue, name="first_layer"):
+    """The value that the first layer computed: `layer` without a choice."""
+
+    args_class = NoArgs
+
+    @classmethod
+    def reads_layer(cls, config):
+        return 0
+
+
+class KeyValue(ValueSource, name="key"):
+    """The layer's keys before rotation and norm, x W_K: neither a W_V nor a value cache.
+
+    "Q-K=V" of arXiv 2606.04032; Gemma 4's attention_k_eq_v, which norms them.
+    """
+
+    reads_token_ids = False
+    value_cache = False
+    reads_keys = True
+
+    def forward(self, inputs, projection):
+        return inputs.key
+
+    def attend_past(self, inputs, q_BHTD, k_BKSD, mask, past):
+        key_BTKD = inputs.key.unflatten(-1, (k_BKSD.shape[1], -1))
+        return attend_values(q_BHTD, k_BKSD, past.keys.extend(key_BTKD), mask)
+
+    def vectors_read(self, n_past):
+        return 0
 
 
 class InitialEmbeddingValue(ValueSource, name="initial_embedding"):
@@ -381,12 +449,16 @@ class LayerValues(nn.Module):
                 f"{config.sequence_len}: give it a smaller reach"
             )
 
-        if is_target and value.coefficient == "learned":
-            self.coefficient = nn.Parameter(torch.empty(1))
+        sizes = {"learned": 1, "learned_per_channel": config.d_value}
+        if is_target and value.coefficient in sizes:
+            self.coefficient = nn.Parameter(torch.empty(sizes[value.coefficient]))
             if self.add_context:
-                self.context_coefficient = nn.Parameter(torch.empty(1))
+                self.context_coefficient = nn.Parameter(torch.empty_like(self.coefficient))
         elif is_target and value.coefficient == "gate":
-            self.gate = Linear(GATE_CHANNELS, config.n_kv_head)
+            self.gate_channels, self.gate_factor = value.gate_channels, value.gate_factor
+            self.gate_reads_row = value.gate_inputs == "x_and_row"
+            n_input = 2 if self.gate_reads_row else 1
+            self.gate = Linear(n_input * value.gate_channels, config.n_kv_head)
         elif is_target:
             self.constant = float(value.coefficient)
 
@@ -398,6 +470,16 @@ class LayerValues(nn.Module):
     def value_cache(self) -> bool:
         """Whether decoding must keep this layer's own values."""
         return self.add_context or self._source.value_cache
+
+    @property
+    def reads_keys(self) -> bool:
+        """Whether the values are made of the layer's keys."""
+        return self._source.reads_keys
+
+    @property
+    def keeps_plain_keys(self) -> bool:
+        """Whether decoding keeps keys as they are before rotation and norm."""
+        return self.reads_keys and not self.value_cache
 
     def vectors_read(self, n_past: int) -> int:
         """How many value vectors decoding one token after ``n_past`` reads at most."""
@@ -423,13 +505,16 @@ class LayerValues(nn.Module):
             return attend_values(q_BHTD, k_BKSD, v_BKSD, mask), value
         scale = self.constant if self.coefficient is None else self.coefficient
         y_BHTD = self._source.attend_past(inputs, q_BHTD, k_BKSD, mask, past)
+        if self.coefficient is not None and len(scale) > 1:
+            n_kv_head, group = k_BKSD.shape[1], q_BHTD.shape[1] // k_BKSD.shape[1]
+            scale = scale.unflatten(0, (n_kv_head, 1, -1)).repeat_interleave(group, dim=0)
         return scale * y_BHTD, None
 
     def forward(self, inputs: ValueInputs) -> Tensor:
         """(B, T, V)."""
         value = self._source(inputs, self.projection)
         if self.gate is not None:
-            gate = 3 * torch.sigmoid(self.gate(inputs.x[..., :GATE_CHANNELS]))
+            gate = self.gate_factor * torch.sigmoid(self.gate(self._gate_inputs(inputs.x, value)))
             per_head = value.unflatten(-1, (gate.shape[-1], -1))
             return self.projection(inputs.x) + (gate.unsqueeze(-1) * per_head).flatten(-2)
         scale = self.constant if self.coefficient is None else self.coefficient
@@ -437,6 +522,12 @@ class LayerValues(nn.Module):
             return value if self.coefficient is None and scale == 1 else scale * value
         context_scale = scale if self.coefficient is None else self.context_coefficient
         return context_scale * self.projection(inputs.x) + scale * value
+
+    def _gate_inputs(self, x: Tensor, value: Tensor) -> Tensor:
+        read = x[..., : self.gate_channels]
+        if not self.gate_reads_row:
+            return read
+        return torch.cat((read, value[..., : self.gate_channels].to(read.dtype)), dim=-1)
 
     def matmul_parameters(self) -> int:
         """Parameters that one token is multiplied with; a matrix applied twice counts twice."""

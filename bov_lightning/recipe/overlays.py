@@ -3,7 +3,7 @@
 A recipe is a YAML file, or several: a later one overrides an earlier one key by key, except that
 
 - a ``budget`` or a ``class_path`` of another class replaces the whole block;
-- a ``value.source`` leaves nothing of the settings that an earlier file gave its source;
+- a ``value.source`` leaves nothing of an earlier file's ``source_args`` and settings of a gate;
 - ``key+: [...]`` extends a list.
 
 Dotted command-line options (``--model.config.n_layer 6``) are one more overlay.
@@ -24,8 +24,8 @@ REPLACED_WHOLE = {"model.budget"}
 
 VALUE = "model.config.value"
 
-OF_SOURCE = ("source_args",)
-"""Keys of the value section that speak of its source alone."""
+OF_SOURCE = ("source_args", "gate_channels", "gate_factor", "gate_inputs")
+"""Keys of the value section that overlays set only where their source or gate has such settings."""
 
 
 def default_run_name(overlays: list[tuple[Path, dict]]) -> str:

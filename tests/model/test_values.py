@@ -1,6 +1,5 @@
 """Value sources: what they equal, what they never see, what they store, what they refuse."""
 
-
 import pytest
 import torch
 from variants import KINDS, OVERLAYS, PAPER, SMALL, make_model, mostly_slow, perturb, token_ids
