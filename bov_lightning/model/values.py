@@ -405,6 +405,8 @@ class NgramBank(BankOfValues, name="ngram_bank"):
 
     def learn(self, ngrams):
         """Gives the n-grams that are most frequent there rows of their own."""
+        if self.frequent is None:
+            return
         keys, count = ngram_keys(ngrams).flatten().unique(return_counts=True)
         best = count.argsort(descending=True, stable=True)[: len(self.frequent)]
         found = keys[best].sort().values.to(self.frequent.device)
