@@ -41,8 +41,7 @@ def read_overlay(path: Path) -> dict:
 
 OVERLAYS = {name: read_overlay(path) for name, path in PATHS.items()}
 KINDS = {"standard", "bov", "bov_add_context", "first_layer_every", "initial_embedding",
-         "value_embedding_gated", "key", "layer_third", "bov_per_channel",
-         "ngram_bank"}  # fmt: skip
+         "value_embedding_gated", "key", "layer_third", "ngram_bank"}  # fmt: skip
 """Variants of which each goes another way through the code: one per source, sums and gates."""
 SMALL = {"n_layer": 6, "n_head": 4, "n_kv_head": 2, "d_model": 48, "vocab_size": 70}
 

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import sys
 
 from bov_lightning.errors import UserError
 
@@ -51,6 +52,17 @@ def named_sources() -> dict[str, type]:
     return _named
 
 
+def _known() -> dict[str, type]:
+    """All sources by name and by class path."""
+    # The last one of a path: a notebook may have run its cell again.
+    return {class_path(cls): cls for cls in _all} | named_sources()
+
+
+def is_own(cls: type) -> bool:
+    """Whether a source is somebody's own: not of this package."""
+    return not cls.__module__.startswith(f"{BUILT_IN.partition('.')[0]}.")
+
+
 def source_class(name: str) -> type:
     """The `ValueSource` of that name, or of that class path.
 
@@ -62,13 +74,18 @@ def source_class(name: str) -> type:
         UserError: an unknown name, with the known ones, or a class that is not imported.
     """
     named = named_sources()
-    module, _, _ = name.rpartition(".")
-    if module and module in os.environ.get(TRUSTED, "").split(","):
+    module, _, own = name.rpartition(".")
+    if name not in _known() and module in os.environ.get(TRUSTED, "").split(",") and module:
         import_module_of(name)
-    # The last one of a path: a notebook may have run its cell again.
-    sources = {class_path(cls): cls for cls in _all} | named
+    sources = _known()
     if name in sources:
         return sources[name]
+    if module in sys.modules:
+        there = [x.rpartition(".")[2] for x in sources if x.rpartition(".")[0] == module]
+        raise UserError(
+            f"value.source {name}: module {module} has no value source {own}; it has "
+            f"{', '.join(there) or 'none'}"
+        )
     if module:
         raise UserError(
             f"value.source {name} is not imported: a recipe of yours that names it imports it, a "

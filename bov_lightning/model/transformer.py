@@ -3,7 +3,7 @@
 Shapes: B batch, T time, C = d_model, V = padded vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bov_lightning.errors import UserError
 from bov_lightning.model.attention import (
     Mask,
     attend,
@@ -265,6 +266,12 @@ class Transformer(nn.Module):
             weight = mlp.input.weight
             fill.uniform(f"{name}.mlp.input.weight", weight, -0.4 * bound, 0.4 * bound)
             fill.constant(mlp.output.weight, 0)
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            if not fill.has_filled(tensor):
+                raise UserError(
+                    f"{name} holds whatever was in memory: the initialise method of value.source "
+                    f"{self.config.value.source} must give it to `fill`"
+                )
 
     def flops_per_token(self) -> int:
         """Training FLOPs per token: 6 per matrix parameter, 12 per channel and visible key."""
@@ -281,13 +288,23 @@ class Transformer(nn.Module):
         )
         return 6 * matmul + 12 * config.n_head * config.head_dim * visible
 
-    def grouped_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by optimizer group; what no module names is a matrix."""
-        groups: dict[str, list[nn.Parameter]] = {}
-        for module in self.modules():
-            names = getattr(module, "optimizer_groups", {})
+    def rated_parameters(self) -> Iterator[tuple[str, nn.Parameter, str, float]]:
+        """(name, parameter, optimizer group, factor on the group's learning rate) of all.
+
+        What no module names in its ``optimizer_groups`` is a matrix.
+        """
+        for path, module in self.named_modules():
+            groups = getattr(module, "optimizer_groups", {})
             for name, parameter in module.named_parameters(recurse=False):
-                groups.setdefault(names.get(name, "matrix"), []).append(parameter)
+                group = groups.get(name, "matrix")
+                group, factor = group if isinstance(group, tuple) else (group, 1.0)
+                yield f"{path}.{name}".lstrip("."), parameter, group, factor
+
+    def grouped_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by optimizer group."""
+        groups: dict[str, list[nn.Parameter]] = {}
+        for _, parameter, group, _ in self.rated_parameters():
+            groups.setdefault(group, []).append(parameter)
         return groups
 
 

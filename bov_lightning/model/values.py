@@ -95,8 +95,9 @@ class ValueSource(nn.Module):
     reads_keys: ClassVar[bool] = False
     """Whether values are made of the layer's keys. Without a value cache, decoding then keeps keys
     as they are before rotation and norm, and each step rotates them."""
-    optimizer_groups: ClassVar[dict[str, str]] = {}
-    """Optimizer group by parameter name; a parameter that is not named is a Muon matrix."""
+    optimizer_groups: ClassVar[dict[str, str | tuple[str, float]]] = {}
+    """Optimizer group by parameter name, or (group, factor on its learning rate); a parameter that
+    is not named is a Muon matrix."""
 
     def __init_subclass__(cls, name: str | None = None):
         """Makes the class known to recipes; one of the package by a short ``name`` too."""
@@ -202,8 +203,8 @@ class LayerValue(ValueSource, name="layer"):
         read, n_layer = cls.reads_layer(config), config.n_layer
         if read >= n_layer - 1:
             raise UserError(
-                f"value.source {config.value.source} reads the value of layer {read}, so it selects "
-                f"no layer of {n_layer}: none lies above that"
+                f"value.source {config.value.source} reads the value of layer {read}, so it "
+                f"selects no layer of {n_layer}: none lies above that"
             )
 
     def __init__(self, config):
