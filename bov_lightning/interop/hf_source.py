@@ -25,6 +25,7 @@ from bov_lightning.model import (
     lookup,
     loss,
     matmul,
+    ngrams,
     offload,
     prefill,
     transformer,
@@ -36,7 +37,7 @@ from bov_lightning.text import lines
 from bov_lightning.version import __version__
 
 PARTS = (
-    errors, kinds, matmul, layers, lookup, config, attention, kernels, decode, values, loss,
+    errors, kinds, matmul, layers, lookup, config, attention, kernels, decode, ngrams, values, loss,
     offload, cache, transformer, prefill, hf_cache, hf_arguments, hf_vocabulary, hf_model,
 )  # fmt: skip
 """The files of the network, each after those that it imports."""

@@ -1,9 +1,11 @@
-"""One Triton kernel: q.K^T, softmax and the value rows of a bank in one pass over the past.
+"""One Triton kernel: q.K^T, softmax and the value rows of a table in one pass over the past.
 
 The past is split over programs, each with its own online softmax (Milakov and Gimelshein, 2018),
 and their results are combined at the end, so that one row of a batch keeps a whole GPU busy.
 `bov_lightning.model.decode` holds the same in PyTorch, which this is tested against.
 """
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,11 +28,11 @@ if triton is not None:
 
     @triton.jit
     def attend_split(
-        q, k, token_ids, table, mask, out, peak, total,
+        q, k, row_ids, row_weights, table, mask, out, peak, total,
         k_row, k_head, k_token, ids_row, table_row, mask_row,
         n_past, per_split, scale,
         HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-        BLOCK: tl.constexpr, MASKED: tl.constexpr,
+        BLOCK: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, WEIGHTED: tl.constexpr,
     ):  # fmt: skip
         """One head's attention to one part of the past: unscaled output, its maximum and sum."""
         bag, split = tl.program_id(0), tl.program_id(1)
@@ -57,10 +59,14 @@ if triton is not None:
             shift = tl.where(new_highest == -float("inf"), 0.0, new_highest)
             weight = tl.exp(score - shift)
             decay = tl.exp(highest - shift)
-            ids = tl.load(token_ids + row * ids_row + s, mask=seen, other=0)
-            rows = ids[:, None].to(tl.int64) * table_row + kv_head * DIM + d[None, :]
-            values = tl.load(table + rows, mask=read, other=0.0).to(tl.float32)
-            value_sum = value_sum * decay + tl.sum(weight[:, None] * values, 0)
+            value_sum = value_sum * decay
+            for r in tl.static_range(ROWS):
+                ids = tl.load(row_ids + row * ids_row + s * ROWS + r, mask=seen, other=0)
+                rows = ids[:, None].to(tl.int64) * table_row + kv_head * DIM + d[None, :]
+                values = tl.load(table + rows, mask=read, other=0.0).to(tl.float32)
+                if WEIGHTED:
+                    values = values * tl.load(row_weights + r)
+                value_sum += tl.sum(weight[:, None] * values, 0)
             weight_sum = weight_sum * decay + tl.sum(weight, 0)
             highest = new_highest
         part = bag * tl.num_programs(1) + split
@@ -69,9 +75,16 @@ if triton is not None:
         tl.store(total + part, weight_sum)
 
 
+@lru_cache(maxsize=8)
+def _on_device(row_weights: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(row_weights, device=device)
+
+
 def attend_fused(
-    q_BHTD: Tensor, k_BKSD: Tensor, token_ids_BS: Tensor, table: Tensor, mask: Mask
-) -> Tensor:
+    q_BHTD: Tensor, k_BKSD: Tensor, row_ids: Tensor, table: Tensor, mask: Mask,
+    row_weights: tuple[float, ...] | None = None,
+) -> Tensor:  # fmt: skip
     """`attend_bank` of one new token per row, in one kernel; its arguments and result."""
     n_row, n_head, _, head_dim = q_BHTD.shape
     n_kv_head, n_past = k_BKSD.shape[1:3]
@@ -85,14 +98,19 @@ def attend_fused(
     if mask is not None:
         seen_BS = mask[:, 0, 0].expand(n_row, -1).to(torch.int8).contiguous()
     k_BKSD = k_BKSD if k_BKSD.stride(3) == 1 else k_BKSD.contiguous()
-    ids = token_ids_BS.expand(n_row, -1).contiguous()
+    n_lookup = 1 if row_weights is None else len(row_weights)
+    ids = row_ids.reshape(len(row_ids), -1).expand(n_row, -1).contiguous()
+    weighted = n_lookup > 1 or row_weights not in (None, (1.0,))
     attend_split[(n_bag, n_split)](
-        q_BHTD.contiguous(), k_BKSD, ids, table, ids if seen_BS is None else seen_BS,
+        q_BHTD.contiguous(), k_BKSD, ids,
+        _on_device(row_weights, ids.device) if weighted else ids,
+        table, ids if seen_BS is None else seen_BS,
         out, peak, total,
-        k_BKSD.stride(0), k_BKSD.stride(1), k_BKSD.stride(2), n_past, table.stride(0), n_past,
-        n_past, per_split, attention_scale(head_dim),
+        k_BKSD.stride(0), k_BKSD.stride(1), k_BKSD.stride(2), ids.stride(0), table.stride(0),
+        n_past, n_past, per_split, attention_scale(head_dim),
         HEADS=n_head, GROUP=n_head // n_kv_head, DIM=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim), BLOCK=BLOCK_S, MASKED=seen_BS is not None,
+        ROWS=n_lookup, WEIGHTED=weighted,
     )  # fmt: skip
     share = (peak - peak.amax(1, keepdim=True)).exp()
     y = (out * share[:, :, None]).sum(1) / (total * share).sum(1)[:, None]

@@ -23,7 +23,8 @@ from bov_lightning.model.cache import Cache
 from bov_lightning.model.config import TransformerConfig
 from bov_lightning.model.layers import Initialiser, Linear, rms_norm, squared_relu
 from bov_lightning.model.loss import softcap, softcapped_cross_entropy
-from bov_lightning.model.values import LayerValues, ValueInputs, build_layer_values
+from bov_lightning.model.ngrams import look_up, lookup_source, text_positions
+from bov_lightning.model.values import LayerValues, ValueInputs, ValueSource, build_layer_values
 
 if TYPE_CHECKING:
     from bov_lightning.model.cache import LayerCache
@@ -81,9 +82,9 @@ class Block(nn.Module):
         self.attention = Attention(config, values)
         self.mlp = MLP(config.d_model, config.mlp_width)
 
-    def forward(self, x_BTC, x0_BTC, token_ids_BT, layer_value, rotary, mask, past=None):
+    def forward(self, x_BTC, x0_BTC, tokens, layer_value, rotary, mask, past=None):
         """The residual stream after this block, and the block's value."""
-        inputs = ValueInputs(rms_norm(x_BTC), x0_BTC, token_ids_BT, layer_value)
+        inputs = ValueInputs(rms_norm(x_BTC), x0_BTC, tokens.ids, layer_value, *tokens[1:])
         attended_BTC, value = self.attention(inputs, rotary, mask, past)
         x_BTC = x_BTC + attended_BTC
         return x_BTC + self.mlp(rms_norm(x_BTC)), value
@@ -92,17 +93,18 @@ class Block(nn.Module):
 class WholeText:
     """What `Cache` is to new tokens of a text, for a text that is given whole: it has no past."""
 
-    def __init__(self, config: TransformerConfig, starts_BT: Tensor | None = None):
-        """``starts_BT`` as in `Transformer.stream`."""
-        self.config, self.layers = config, [None] * config.n_layer
-        self.starts_BT = starts_BT
+    def __init__(self, config: TransformerConfig, source: ValueSource):
+        """``source``: see `lookup_source`."""
+        self.config, self.source, self.layers = config, source, [None] * config.n_layer
         self.masks: dict[int | None, Mask] = {}
 
-    def begin(self, token_ids_BT: Tensor, lengths: None) -> Tensor:
-        """The positions of the tokens, (T,)."""
-        start = self.config.document_start
-        self.masks = make_masks(self.config.windows, token_ids_BT, start, self.starts_BT)
-        return torch.arange(token_ids_BT.shape[1], device=token_ids_BT.device)
+    def begin(self, token_ids_BT: Tensor, lengths: None, starts_BT: Tensor | None) -> Tensor:
+        """The positions of the tokens, (T,); ``starts_BT`` is True where a text begins."""
+        self.masks = make_masks(self.config.windows, token_ids_BT, None, starts_BT)
+        positions = torch.arange(token_ids_BT.shape[1], device=token_ids_BT.device)
+        own = positions[None] if starts_BT is None else text_positions(positions[None], starts_BT)
+        self.tokens = look_up(self.source, token_ids_BT, own, starts_BT)
+        return positions
 
     def take_previous(self, x_BTC: Tensor) -> None:
         """What came before the first token: nothing."""
@@ -197,12 +199,12 @@ class Transformer(nn.Module):
             states: a list to which the stream before each block and after the last is appended.
         """
         config = self.config
-        text = WholeText(config, starts_BT) if cache is None else cache
-        rotary = rotary_angles_at(text.begin(token_ids_BT, lengths), config.head_dim)
-        masks = text.masks
         if config.document_start is not None:
             own_BT = token_ids_BT == config.document_start
             starts_BT = own_BT if starts_BT is None else own_BT | starts_BT
+        text = WholeText(config, self.lookup_source) if cache is None else cache
+        rotary = rotary_angles_at(text.begin(token_ids_BT, lengths, starts_BT), config.head_dim)
+        masks = text.masks
         x_BTC = rms_norm(self.embedding(token_ids_BT) if embedded_BTC is None else embedded_BTC)
         x_BTC = x0_BTC = self.smear(x_BTC, starts_BT, text.take_previous(x_BTC))
         layer_value, read_layer = None, config.read_layer or 0
@@ -212,12 +214,26 @@ class Transformer(nn.Module):
             mask = masks[block.window]
             again = past is None and block.recompute is not None and torch.is_grad_enabled()
             run = partial(block.recompute, block) if again else block
-            x_BTC, value = run(x_BTC, x0_BTC, token_ids_BT, layer_value, rotary, mask, past)
+            x_BTC, value = run(x_BTC, x0_BTC, text.tokens, layer_value, rotary, mask, past)
             layer_value = value if i == read_layer else layer_value
         text.finish()
         if states is not None:
             states.append(x_BTC)
         return x_BTC
+
+    @property
+    def lookup_source(self) -> ValueSource:
+        """The source that says for all layers which rows of a table tokens read."""
+        return lookup_source(self.config, self.blocks)
+
+    @torch.no_grad()
+    def learn(self, token_ids_BT: Tensor) -> None:
+        """Shows training text to the value sources that learn from it before they are trained."""
+        text, start = WholeText(self.config, self.lookup_source), self.config.document_start
+        text.begin(token_ids_BT, None, None if start is None else token_ids_BT == start)
+        for block in self.blocks:
+            if block.attention.value.source is not None:
+                block.attention.value.source.learn(text.tokens.ngrams)
 
     def new_cache(
         self, batch_size: int, max_context: int, dtype: torch.dtype | None = None

@@ -4,7 +4,7 @@ A source is one class. It owns its parameters, their initialisation and optimize
 pass, and says what decoding must keep for it. `LayerValues` combines a source with a coefficient
 and with the layer's context value x W_V; the variants of the paper are such combinations.
 
-Shapes: B batch, T time, C = d_model, V = n_kv_head * head_dim.
+Shapes: B batch, T time, C = d_model, V = n_kv_head * head_dim, R table rows per token.
 """
 
 from dataclasses import dataclass
@@ -16,15 +16,19 @@ from torch import Tensor, nn
 
 from bov_lightning.errors import UserError
 from bov_lightning.kinds import Range
-from bov_lightning.model.decode import attend_bank, attend_values
+from bov_lightning.model.decode import attend_bank, attend_values, sum_rows
 from bov_lightning.model.layers import Initialiser, Linear, rms_norm
 from bov_lightning.model.lookup import register, source_class
+from bov_lightning.model.ngrams import NO_KEY, largest_prime, ngram_keys
 
 if TYPE_CHECKING:
     from bov_lightning.model.attention import Mask
     from bov_lightning.model.cache import LayerCache
     from bov_lightning.model.config import TransformerConfig
     from bov_lightning.model.offload import HostTable
+
+FREQUENT_AMONG = 2**20
+"""Tokens of the training text in which the most frequent n-grams are counted."""
 
 
 class ValueInputs(NamedTuple):
@@ -35,10 +39,16 @@ class ValueInputs(NamedTuple):
     x0: Tensor
     """The initial token embedding, (B, T, C)."""
     token_ids: Tensor
-    """(B, T), int64."""
+    """(B, T), int64. Decoding, these are the new tokens alone: what a value needs of those before
+    its own is in ``ngrams``."""
     layer_value: Tensor | None
     """The value of the layer that the source reads (`ValueSource.reads_layer`), the first one
     unless it says otherwise, (B, T, V); None up to that layer."""
+    ngrams: Tensor
+    """(B, T, 1 + `ValueSource.reach`), int64: each token's own id, then that of the one before and
+    so on; -1 beyond the start of its row or document."""
+    row_ids: Tensor
+    """What `ValueSource.row_ids` made of them, (B, T) or (B, T, R)."""
     key: Tensor | None = None
     """The layer's keys x W_K before rotation and norm, (B, T, V), where the source reads them."""
 
@@ -74,6 +84,11 @@ class ValueSource(nn.Module):
     """Whether coefficient: gate makes sense."""
     reads_token_ids: ClassVar[bool] = True
     """Whether values depend on token ids, so that embeddings alone are not enough."""
+    reach: int = 0
+    """How many tokens before its own a value depends on, besides through the residual stream; what
+    a setting decides is set in ``__init__``."""
+    learns_from: int = 0
+    """Tokens of the training text that `learn` is shown before a run's first step."""
     value_cache: ClassVar[bool] = True
     """Whether decoding must keep the layer's own values. False: `reserve` and `attend_past` say
     what it keeps instead."""
@@ -101,6 +116,22 @@ class ValueSource(nn.Module):
 
     def __init__(self, config: "TransformerConfig"):
         super().__init__()
+
+    def row_ids(self, ngrams: Tensor, positions: Tensor) -> Tensor:
+        """The rows of a table that tokens' values are made of, (B, T) or (B, T, R), int64.
+
+        A function of its arguments, and of buffers that are the same in all layers: that of the
+        first target layer is called, once for all, when tokens arrive, and decoding keeps what it
+        gives.
+
+        Args:
+            ngrams: as in `ValueInputs`.
+            positions: (B or 1, T), int64: how many tokens of its row or document stand before each.
+        """
+        return ngrams[..., 0]
+
+    def learn(self, ngrams: Tensor) -> None:
+        """Fills buffers from training text: (N, T, 1 + reach), the same on every rank."""
 
     def forward(self, inputs: ValueInputs, projection: nn.Module | None) -> Tensor:
         """The values, (B, T, V); ``projection`` is the layer's W_V where it has one."""
@@ -237,16 +268,23 @@ class BankOfValues(ValueSource, name="bank"):
 
     Initialised to ``W_V RMSNorm(embedding)``, with W_V drawn as the layer's value matrix would be
     and then dropped: at step 0 the layer attends exactly as with values from the embedding.
+
+    A subclass may have more rows, from ``n_vocab`` on and zero at first, and pick them by
+    `row_ids`: a value is then the sum of all of a token's rows, each times its weight.
     """
 
     shareable = True
     gateable = True
     value_cache = False
     optimizer_groups = {"table": "table"}
+    row_weights: tuple[float, ...] | None = None
+    """What each of a token's R rows is multiplied by; None: it has one, or (B, T, R) of weight 1."""
 
-    def __init__(self, config: "TransformerConfig"):
+    def __init__(self, config: "TransformerConfig", n_more: int = 0):
+        """``n_more``: rows beside those of the token ids."""
         super().__init__(config)
-        self.table = nn.Parameter(torch.empty(config.padded_vocab_size, config.d_value))
+        self.n_vocab = config.padded_vocab_size
+        self.table = nn.Parameter(torch.empty(self.n_vocab + n_more, config.d_value))
         self.host: HostTable | None = None
 
     def offload(self, host: "HostTable") -> None:
@@ -254,32 +292,131 @@ class BankOfValues(ValueSource, name="bank"):
         self.host, self.table = host, None
 
     def forward(self, inputs, projection):
+        row_ids = inputs.row_ids
         if self.host is None:
-            return F.embedding(inputs.token_ids, self.table)
-        rows = self.host.take(inputs.token_ids.flatten().cpu())
-        return rows.to(inputs.x).unflatten(0, inputs.token_ids.shape)
+            rows = F.embedding(row_ids, self.table)
+        else:
+            rows = self.host.take(row_ids.flatten().cpu()).to(inputs.x).unflatten(0, row_ids.shape)
+        return sum_rows(rows, self._weights(row_ids))
+
+    def _weights(self, row_ids: Tensor) -> tuple[float, ...] | None:
+        ones = (1.0,) * row_ids.shape[2] if row_ids.dim() == 3 else None
+        return self.row_weights or ones
 
     def reserve(self, past):
-        past.keep_token_ids()
+        past.keep_row_ids()
         if self.host is not None:
             past.keep_rows(self.host)
 
     def attend_past(self, inputs, q_BHTD, k_BKSD, mask, past):
-        ids, table = (past.token_ids, self.table) if self.host is None else past.rows(self.host)
-        return attend_bank(q_BHTD, k_BKSD, ids, table, mask)
+        row_ids, table = (past.row_ids, self.table) if self.host is None else past.rows(self.host)
+        return attend_bank(q_BHTD, k_BKSD, row_ids, table, mask, self._weights(row_ids))
 
     def vectors_read(self, n_past):
-        return min(n_past, len(self.table))
+        n_row = self.host.n_row if self.table is None else len(self.table)
+        return min(n_past * len(self.row_weights or (1.0,)), n_row)
 
     def initialise(self, values, prefix, embedding, fill):
         bound = (3 / embedding.shape[1]) ** 0.5
+        shape = (self.n_vocab, self.table.shape[1])
         if values.gate is not None:
-            fill.uniform(f"{prefix}.source.table", self.table, -bound, bound)
+            stream = fill.stream(f"{prefix}.source.table")
+            rows = embedding.new_empty(shape).uniform_(-bound, bound, generator=stream)
+        else:
+            projection = embedding.new_empty(shape[1], embedding.shape[1])
+            stream = fill.stream(f"{prefix}.projection.weight")
+            projection.uniform_(-bound, bound, generator=stream)
+            rows = rms_norm(embedding) @ projection.T
+        more = rows.new_zeros(len(self.table) - self.n_vocab, shape[1])
+        fill.fill(self.table, torch.cat((rows, more)) if len(more) else rows)
+
+
+@dataclass(frozen=True)
+class NgramArgs:
+    """Settings of `ngram_bank`."""
+
+    n_row: Annotated[int, Range(2, 2**31)] = 65_536
+    """Rows for n-grams, beside those of the token ids: the frequent ones, and then as many for all
+    others as the largest prime that fits."""
+
+    reach: Annotated[int, Range(1, 15)] = 1
+    """Tokens before its own that a value depends on: 1 bigrams, 2 also trigrams, and so on."""
+
+    factor: Annotated[float, Range(above=0, most=10**6)] = 1.0
+    """What the rows of n-grams are multiplied by. They start at zero and AdamW's steps do not
+    depend on the size of gradients, so this is their learning rate in units of table_lr."""
+
+    frequent: Annotated[int, Range(0, 2**31)] = 0
+    """How many n-grams, the most frequent ones of the training text, have a row of their own."""
+
+    position_period: Annotated[int | None, Range(2, 2**31)] = None
+    """The control of the parameters: rows are picked by a token's id and its position modulo this
+    number, which say nothing of the tokens before. null: by n-grams."""
+
+
+class NgramBank(BankOfValues, name="ngram_bank"):
+    """A bank whose values depend on the tokens just before as well.
+
+    v_t = T[id_t] + factor * (T[row of the bigram] + T[row of the trigram] + ...): a row per token
+    id, as in a bank, and rows that n-grams share by a hash, modulo a prime (as in arXiv 2601.07372;
+    tables by n-gram in attention's values: karpathy/nanochat#854). The frequent n-grams may have
+    rows of their own (as in arXiv 2604.21724). At step 0 it equals the bank.
+    """
+
+    args_class = NgramArgs
+
+    @classmethod
+    def check(cls, config):
+        args = config.value.args
+        if args.n_row < args.frequent + 2:
+            raise UserError(
+                f"value.source_args.n_row is {args.n_row}, but {args.frequent} frequent n-grams "
+                "have a row of their own and at least 2 are for all others: give more rows, or "
+                "fewer frequent n-grams"
+            )
+        if args.position_period is not None and args.frequent:
+            raise UserError(
+                "value.source_args.frequent counts n-grams, but position_period picks rows without "
+                "them: set one of the two"
+            )
+
+    def __init__(self, config):
+        args = config.value.args
+        self._n_hashed = largest_prime(args.n_row - args.frequent)
+        super().__init__(config, args.frequent + self._n_hashed)
+        self._period = args.position_period
+        self.reach = args.reach if self._period is None else 0
+        self.row_weights = (1.0, *(args.factor,) * max(self.reach, 1))
+        self.learns_from = FREQUENT_AMONG if args.frequent else 0
+        frequent = torch.full((args.frequent,), NO_KEY) if args.frequent else None
+        self.register_buffer("frequent", frequent)
+
+    def row_ids(self, ngrams, positions):
+        picked_by = ngrams
+        if self._period is not None:
+            phase = (positions % self._period).expand(ngrams.shape[:2])
+            picked_by = torch.stack((ngrams[..., 0], phase), dim=-1)
+        keys = ngram_keys(picked_by)
+        n_own = 0 if self.frequent is None else len(self.frequent)
+        rows = keys.remainder(self._n_hashed) + (self.n_vocab + n_own)
+        if n_own:
+            at = torch.searchsorted(self.frequent, keys).clamp(max=n_own - 1)
+            rows = torch.where(self.frequent[at] == keys, at + self.n_vocab, rows)
+        return torch.cat((ngrams[..., :1], rows), dim=-1)
+
+    def learn(self, ngrams):
+        """Gives the n-grams that are most frequent there rows of their own."""
+        if self.frequent is None:
             return
-        projection = embedding.new_empty(self.table.shape[1], embedding.shape[1])
-        stream = fill.stream(f"{prefix}.projection.weight")
-        projection.uniform_(-bound, bound, generator=stream)
-        fill.fill(self.table, rms_norm(embedding) @ projection.T)
+        keys, count = ngram_keys(ngrams).flatten().unique(return_counts=True)
+        best = count.argsort(descending=True, stable=True)[: len(self.frequent)]
+        found = keys[best].sort().values.to(self.frequent.device)
+        self.frequent.fill_(NO_KEY)[: len(found)] = found
+
+    def initialise(self, values, prefix, embedding, fill):
+        super().initialise(values, prefix, embedding, fill)
+        if self.frequent is not None:
+            fill.fill(self.frequent, torch.full(self.frequent.shape, NO_KEY, device="cpu"))
 
 
 class LayerValues(nn.Module):
@@ -309,6 +446,11 @@ class LayerValues(nn.Module):
         # A tuple hides a borrowed module from PyTorch: only its owner stores and trains it.
         self._borrowed = () if shared is None else (shared,)
         self.source = None if shared is not None else source(config)
+        if self._source.reach >= config.sequence_len:
+            raise UserError(
+                f"value.source {value.source} looks {self._source.reach} tokens back, but rows have "
+                f"{config.sequence_len}: give it a smaller reach"
+            )
 
         sizes = {"learned": 1, "learned_per_channel": config.d_value}
         if is_target and value.coefficient in sizes:

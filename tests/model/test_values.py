@@ -32,7 +32,8 @@ def test_fresh_bank_equals_initial_embedding_before_the_smear():
         model.blocks[5].attention.value.coefficient.fill_(1.3)
         ids = token_ids(20)
         unsmeared = torch.nn.functional.rms_norm(model.embedding(ids), (48,))
-        inputs = ValueInputs(torch.randn(2, 20, 48), unsmeared, ids, None)
+        x = torch.randn(2, 20, 48)
+        inputs = ValueInputs(x, unsmeared, ids, None, ids[..., None], ids)
         values.append(model.blocks[5].attention.value(inputs))
     assert values[0].norm() > 1
     assert (values[0] - values[1]).abs().max() < 1e-5
