@@ -5,6 +5,7 @@ BOV_OVERLAYS names (files, separated by commas), whose classes must be importabl
 """
 
 import os
+import zlib
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from conftest import REPOSITORY
 from parity import NAMES
 
 from bov_lightning.model.config import TransformerConfig, ValueConfig
+from bov_lightning.model.lookup import is_own
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.recipe.overlays import import_source
 
@@ -54,7 +56,8 @@ def make_model(value: dict | ValueConfig, seed: int = 0, **shape) -> Transformer
 
 @torch.no_grad()
 def perturb(model: Transformer, smear: float) -> Transformer:
-    """Zero-initialised output projections would hide almost any mistake."""
+    """Zero-initialised output projections would hide almost any mistake, and so would rows of a
+    value source that all start alike."""
     generator = torch.Generator().manual_seed(7)
     for name, p in model.named_parameters():
         if name.endswith("output.weight"):
@@ -63,6 +66,12 @@ def perturb(model: Transformer, smear: float) -> Transformer:
             p.normal_(0, 0.3, generator=generator)
         elif name.endswith("coefficient"):
             p.add_(torch.empty_like(p).uniform_(-0.2, 0.2, generator=generator))
+        elif ".value.source." in name:
+            own = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            noise = torch.empty_like(p).normal_(0, 0.5, generator=own)
+            is_alike = (p == p[..., :1]).all(-1, keepdim=True)
+            source = model.get_submodule(name.partition(".source.")[0]).source
+            p.add_(noise if is_own(type(source)) else noise * is_alike)
     model.smear.strength.fill_(smear)
     return model
 

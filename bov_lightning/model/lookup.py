@@ -75,8 +75,13 @@ def source_class(name: str) -> type:
     """
     named = named_sources()
     module, _, own = name.rpartition(".")
-    if name not in _known() and module in os.environ.get(TRUSTED, "").split(",") and module:
-        import_module_of(name)
+    if module and module in os.environ.get(TRUSTED, "").split(","):
+        try:
+            import_module_of(name)
+        except UserError:
+            # The file of an exported model has the class, wherever its module is.
+            if name not in _known():
+                raise
     sources = _known()
     if name in sources:
         return sources[name]

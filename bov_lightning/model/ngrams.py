@@ -125,6 +125,4 @@ def _shift(x: Tensor, n: int) -> Tensor:
 
 def largest_prime(most: int) -> int:
     """The largest prime up to ``most``, which is at least 2."""
-    return next(
-        n for n in range(most, 1, -1) if all(n % d for d in range(2, math.isqrt(n) + 1))
-    )
+    return next(n for n in range(most, 1, -1) if all(n % d for d in range(2, math.isqrt(n) + 1)))

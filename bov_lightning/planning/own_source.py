@@ -103,12 +103,10 @@ def _check_parameters(model: Transformer, name: str) -> None:
             prefix + parameter for parameter, _ in source.named_parameters()
         }}  # fmt: skip
         if sum(p.numel() for p in own.values()) > source.matmul_parameters():
-            shapes = ", ".join(f"{path} {tuple(p.shape)}" for path, p in own.items())
             raise UserError(
-                f"value.source {name}: Muon would train {shapes} as matrices, of which "
-                f"matmul_parameters counts {source.matmul_parameters():,} numbers: count every "
-                "matrix there, and put what is looked up by row into optimizer_groups, as "
-                '{"NAME": "table"}'
+                f"value.source {name}: Muon would train {', '.join(own)} as matrices, but "
+                "matmul_parameters does not count them all: count what a token is multiplied with, "
+                'and name what is looked up by row in optimizer_groups, as {"NAME": "table"}'
             )
         for module in source.modules():
             for lost in module._non_persistent_buffers_set:
@@ -159,7 +157,8 @@ def _watched(model: Transformer, name: str) -> Iterator[None]:
         if shape != (n_row, n_token, width):
             raise UserError(
                 f"value.source {name} gives values of shape {shape} for {n_row} texts of {n_token} "
-                f"tokens; they are (B, T, n_kv_head * head_dim), here {(n_row, n_token, width)}"
+                f"tokens in a narrow network; they must be (B, T, n_kv_head * head_dim), there "
+                f"{(n_row, n_token, width)}"
             )
 
     hooks = [source.register_forward_hook(look) for _, source in _sources(model)]

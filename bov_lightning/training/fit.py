@@ -19,6 +19,8 @@ from bov_lightning.distributed.preemption import Preempted, received
 from bov_lightning.distributed.processes import restarted
 from bov_lightning.distributed.ranks import Ranks
 from bov_lightning.errors import UserError
+from bov_lightning.model.config import TransformerConfig
+from bov_lightning.model.lookup import is_own, source_class
 from bov_lightning.planning.cost import make_plan
 from bov_lightning.planning.own_source import try_own_source
 from bov_lightning.recipe.budget import accumulation
@@ -90,6 +92,8 @@ def fit(given: Given) -> None:
 
     cli = build_cli(given, [metrics, TensorBoardEvents(run)], make_callbacks)
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
+    if trainer.is_global_zero:
+        _warn_of_export(config)
     n_micro = accumulation(batch.tokens, batch.micro, config.sequence_len, trainer.world_size)
     last_step = module.n_step
     if resume and (ended := _still_ended(run, cli.resolved_yaml())):
@@ -132,6 +136,20 @@ def fit(given: Given) -> None:
         print(f"val_bpb {reporter.latest['val_bpb']:.4f}")
         early = f" of {module.n_step}, ended early" if trainer.global_step < module.n_step else ""
         print(f"run {run} (step {trainer.global_step}{early}, {minutes:.1f} min)")
+
+
+def _warn_of_export(config: TransformerConfig) -> None:
+    """Says before training what would be in the way after it."""
+    source = source_class(config.value.source)
+    if not is_own(source):
+        return
+    # It looks at the code of everything that an export holds, which takes seconds to import.
+    from bov_lightning.interop.hf_source import check_exportable
+
+    try:
+        check_exportable(source)
+    except UserError as error:
+        say(f"warning: {error}")
 
 
 class Holder:

@@ -16,7 +16,6 @@ from bov_lightning.model.decode import (
     best_way,
 )
 
-
 WEIGHTS = (1.0, 0.25, -2.0)
 """Of the rows of a token where it has several."""
 
