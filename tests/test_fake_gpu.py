@@ -23,6 +23,12 @@ def model_on_cuda(name: str, **shape):
         return make_model(OVERLAYS[name], n_layer=3, **shape)
 
 
+def cpu_products(watch) -> list[str]:
+    """Operations of the CPU's other library."""
+    names = ("mkldnn", f"{matmul.OPERATORS}.multiply")
+    return [found for found in watch.operations if found.startswith(names)]
+
+
 def train(model, n_micro: int = 1) -> None:
     """A step as `BoVModule` and Lightning take it."""
     groups = build_groups(model, OptimizerConfig(), model.config, 0)
@@ -48,7 +54,7 @@ def test_a_step_of_training_waits_for_the_gpu_once(monkeypatch, name):
         watch.waits.clear()  # weights are drawn on the CPU
         train(model, n_micro=1 + first)
     assert watch.waits == ["item"]
-    assert not [name for name in watch.operations if "mkldnn" in name or "bov_" in name]
+    assert not cpu_products(watch)
 
 
 @pytest.mark.parametrize("name", mostly_slow(OVERLAYS, FAST))
@@ -79,6 +85,14 @@ def test_what_lies_on_the_cpu_is_found(monkeypatch):
         monkeypatch.setattr(BankOfValues, "forward", of_the_cpu)
         with pytest.raises(RuntimeError, match="cpu"):
             train(model)
+
+
+def test_products_of_the_cpu_are_found(monkeypatch):
+    monkeypatch.setattr(matmul, "ONEDNN_IS_FASTER", True)
+    monkeypatch.setattr(matmul, "_is_fp32_on_cpu", lambda x: True)
+    with fake_gpu() as watch:
+        train(model_on_cuda("standard"))
+    assert cpu_products(watch) == ["mkldnn._linear_pointwise"]
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,10 @@ def place(
         for name, module in model.named_modules():
             if isinstance(module, BankOfValues):
                 module.offload(_host_table(module, name, bank_device, device, dtype, files, prefix))
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(device=device, dtype=dtype, copy=True)
+    for tensor in (*model.parameters(), *model.buffers()):
+        # Row numbers and the like are none that a dtype is meant for.
+        own = dtype if tensor.is_floating_point() else tensor.dtype
+        tensor.data = tensor.data.to(device=device, dtype=own, copy=True)
 
 
 def _host_table(

@@ -96,8 +96,11 @@ def _prompt(line: str, where: str) -> str:
 
 def table_bytes(model: Transformer) -> int:
     """Bytes of a model's value tables, wherever they lie."""
-    banks = [module for module in model.modules() if isinstance(module, BankOfValues)]
-    return sum((bank.table if bank.host is None else bank.host).nbytes for bank in banks)
+    elsewhere = [
+        m.host for m in model.modules() if isinstance(m, BankOfValues) and m.host is not None
+    ]
+    on_device = model.grouped_parameters().get("table", [])
+    return sum(table.nbytes for table in (*on_device, *elsewhere))
 
 
 def generate(

@@ -28,18 +28,21 @@ class FixedStep:
         self.device, self.advances_B = lengths_B.device, advances_B
         self.positions_BT = lengths_B.clamp(max=max_context - 1)[:, None]
 
+    def last_of(self, before: Tensor, new: Tensor) -> Tensor:
+        """As `Step.last_of`; rows that get no token keep what they had."""
+        advances = self.advances_B.view(-1, *[1] * (new.dim() - 1))
+        return torch.where(advances, torch.cat((before, new), dim=1)[:, 1:], before)
+
 
 class FixedSpan(Span):
     """A window whose slots are all read at every step; the mask hides what they do not hold."""
 
-    def begin(
-        self, step: FixedStep, token_ids: Tensor | None, document_start: int | None
-    ) -> None:
+    def begin(self, step: FixedStep, numbers: dict[str, Tensor]) -> None:
         """Lays out one step; how far the texts are changes nothing but numbers on the device."""
-        self.step, self._token_ids, self._document_start = step, token_ids, document_start
+        self.step, self._numbers, self._numbers_of_keys = step, numbers, {}
         self.joins, self.wraps = False, self.capacity == self.reach + 1
         self.n_read = self.capacity
-        for name in ("key_positions", "mask", "token_ids"):
+        for name in ("key_positions", "mask"):
             self.__dict__.pop(name, None)
 
     def _positions_of_slots(self) -> Tensor:
@@ -53,19 +56,25 @@ class FixedSpan(Span):
         rows_B = torch.arange(len(slots_B), device=slots_B.device)
         new_BKD = x_BTKD[:, 0].to(kept_BKSD.dtype)
         advances = self.step.advances_B[:, None, None]
-        kept_BKSD[rows_B, :, slots_B] = torch.where(advances, new_BKD, kept_BKSD[rows_B, :, slots_B])
+        kept_BKSD[rows_B, :, slots_B] = torch.where(
+            advances, new_BKD, kept_BKSD[rows_B, :, slots_B]
+        )
 
 
 class FixedCache(Cache):
     """Another cache's room, read and written by fixed steps."""
 
+    state = ("lengths", "previous_B1C", "previous_ids_BR", "_count_B1")
+    """What a step of any cache replaces by new tensors. Here it stays where it is."""
+
     def __init__(self, past: Cache):
-        """``past``: what is kept stays there; only lengths and the smear's state are doubled."""
+        """``past``: what is kept stays there; only its state is doubled."""
         self.past = past
         super().__init__(
             past.config, past._blocks, past.batch_size, past.max_context, past.dtype, past.device
         )
         self.advances = torch.ones(past.batch_size, dtype=torch.bool, device=past.device)
+        self._own = {name: x for name in self.state if (x := getattr(self, name)) is not None}
 
     def span(self, window: int | None) -> Span:
         """As `Cache.span`."""
@@ -76,38 +85,31 @@ class FixedCache(Cache):
         self.stores.append(Store(span, self.past.stores[len(self.stores)].kept))
         return self.stores[-1]
 
-    def keep_token_ids(self) -> None:
-        """The past's ids."""
-        self._token_ids = self.past._token_ids
+    def keep_numbers(self, name: str, dtype: torch.dtype, each: tuple[int, ...] = ()) -> None:
+        """The past's numbers."""
+        self._numbers[name] = self.past._numbers[name]
 
-    def begin(self, token_ids_BT: Tensor, lengths: None) -> Tensor:
+    def begin(self, token_ids_BT: Tensor, lengths: None, starts_BT: Tensor | None) -> Tensor:
         """Starts a step; returns the positions of the new tokens, (B, 1)."""
-        self._step = FixedStep(self.lengths, self.advances, self.max_context)
-        for span in self._spans.values():
-            span.begin(self._step, self._token_ids, self.config.document_start)
-        if self._token_ids is not None:
-            self._whole.write(self._token_ids[:, None, :, None], token_ids_BT[:, :, None, None])
-        return self._step.positions_BT
-
-    def take_previous(self, x_BTC: Tensor) -> Tensor:
-        """As `Cache.take_previous`, in place."""
-        previous_B1C = self.previous_B1C.clone()
-        advances = self.advances[:, None, None]
-        self.previous_B1C.copy_(torch.where(advances, x_BTC.to(previous_B1C.dtype), previous_B1C))
-        return previous_B1C.to(x_BTC.dtype)
+        step = FixedStep(self.lengths, self.advances, self.max_context)
+        self._lay_out(step, token_ids_BT, starts_BT)
+        return step.positions_BT
 
     def finish(self) -> None:
         """Counts the step's tokens, on the device."""
-        self.lengths.add_(self.advances)
+        self.lengths = self.lengths + self.advances
+        for name, own in self._own.items():
+            if getattr(self, name) is not own:
+                own.copy_(getattr(self, name))
+                setattr(self, name, own)
         for store in self.stores:
             store.release()
 
     def take_over(self) -> None:
         """Goes on from where other steps have left the past."""
-        for name in ("lengths", "previous_B1C"):
-            own, theirs = getattr(self, name), getattr(self.past, name)
-            if theirs is not own:
-                own.copy_(theirs)
+        for name, own in self._own.items():
+            if getattr(self.past, name) is not own:
+                own.copy_(getattr(self.past, name))
                 setattr(self.past, name, own)
 
 

@@ -194,7 +194,8 @@ def submit(given: Given, job: JobConfig, evaluate: bool, dry_run: bool) -> str |
     run.mkdir(parents=True, exist_ok=True)
     file = run / ("evaluate.sbatch" if evaluate else "submit.sbatch")
     if not evaluate:
-        settings = merge(given.plain, {"resume": "auto", "run": {"root": str(run.parent)}})
+        resume = "auto" if recipe.resume == "never" else recipe.resume
+        settings = merge(given.plain, {"resume": resume, "run": {"root": str(run.parent)}})
         write_file(run / RECIPE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     write_file(file, script)
     result = subprocess.run(["sbatch", str(file)], capture_output=True, text=True)

@@ -2,9 +2,11 @@
 
 The past is split over programs, each with its own online softmax (Milakov and Gimelshein, 2018), so
 that one row of a batch keeps a whole GPU busy; a second, small kernel joins their results. Values
-are rows of a bank, found by token id, or kept ones. `bov_lightning.model.decode` holds the same in
-PyTorch, which this is tested against.
+are made of rows of a table, or kept. `bov_lightning.model.decode` holds the same in PyTorch, which
+this is tested against.
 """
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -35,11 +37,11 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=GROWING)
     def attend_split(
-        q, k, ids, values, mask, parts,
+        q, k, ids, weights, values, mask, parts,
         k_row, k_head, k_token, v_row, v_head, v_token, ids_row, mask_row,
         n_past, per_split, n_split, n_part, scale,
         HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-        BLOCK: tl.constexpr, BY_ID: tl.constexpr, MASKED: tl.constexpr,
+        BLOCK: tl.constexpr, ROWS: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr,
     ):  # fmt: skip
         """One head's attention to one part of the past: unscaled output, its maximum and sum."""
         # Programs of one head follow one another: its columns of a table then stay in the L2 cache.
@@ -65,14 +67,20 @@ if triton is not None:
             read = seen[:, None] & (d < DIM)[None, :]
             # All that is read is asked for before anything is waited for. Keys come once; a
             # table's rows come again.
-            if BY_ID:
-                which = tl.load(ids + s, mask=seen, other=0).to(tl.int64)
-            else:
-                which = s.to(tl.int64)
             at = s.to(tl.int64)[:, None] * k_token + d[None, :]
             keys = tl.load(k + at, mask=read, other=0.0, eviction_policy="evict_first")
+            which = s.to(tl.int64)
+            if ROWS > 0:
+                which = tl.load(ids + s * ROWS, mask=seen, other=0).to(tl.int64)
             at = which[:, None] * v_token + d[None, :]
-            found = tl.load(values + at, mask=read, other=0.0)
+            value = tl.load(values + at, mask=read, other=0.0)
+            if WEIGHTED:
+                value = value.to(tl.float32) * tl.load(weights)
+                for r in tl.static_range(1, ROWS):
+                    which = tl.load(ids + s * ROWS + r, mask=seen, other=0).to(tl.int64)
+                    at = which[:, None] * v_token + d[None, :]
+                    more = tl.load(values + at, mask=read, other=0.0).to(tl.float32)
+                    value += more * tl.load(weights + r)
             score = tl.sum(keys.to(tl.float32) * query[None, :], 1)
             score = tl.where(seen, score, -float("inf"))
             new_highest = tl.maximum(highest, tl.max(score, 0))
@@ -80,7 +88,7 @@ if triton is not None:
             shift = tl.where(new_highest == -float("inf"), 0.0, new_highest)
             weight = tl.exp(score - shift)
             decay = tl.exp(highest - shift)
-            value_sum = value_sum * decay + tl.sum(weight[:, None] * found.to(tl.float32), 0)
+            value_sum = value_sum * decay + tl.sum(weight[:, None] * value.to(tl.float32), 0)
             weight_sum = weight_sum * decay + tl.sum(weight, 0)
             highest = new_highest
         part = bag * n_split + split
@@ -118,18 +126,25 @@ if triton is not None:
         tl.store(out + bag * DIM + d, y.to(out.dtype.element_ty), mask=d < DIM)
 
 
+@lru_cache(maxsize=8)
+def _on_device(row_weights: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(row_weights, device=device)
+
+
 def attend_fused(
-    q_BHTD: Tensor, k_BKSD: Tensor, token_ids_BS: Tensor, table: Tensor, mask: Mask
-) -> Tensor:
+    q_BHTD: Tensor, k_BKSD: Tensor, row_ids: Tensor, table: Tensor, mask: Mask,
+    row_weights: tuple[float, ...] | None = None,
+) -> Tensor:  # fmt: skip
     """`attend_bank` of one new token per row, in one kernel; its arguments and result."""
     strides = (0, q_BHTD.shape[3], table.stride(0))
-    return _attend_in_parts(q_BHTD, k_BKSD, token_ids_BS, table, strides, mask)
+    return _attend_in_parts(q_BHTD, k_BKSD, table, strides, mask, row_ids, row_weights or (1.0,))
 
 
 def attend_kept(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask) -> Tensor:
     """`attend_values` of one new token per row, in one kernel; its arguments and result."""
     v_BKSD = _dense(v_BKSD)
-    return _attend_in_parts(q_BHTD, k_BKSD, None, v_BKSD, v_BKSD.stride()[:3], mask)
+    return _attend_in_parts(q_BHTD, k_BKSD, v_BKSD, v_BKSD.stride()[:3], mask)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -137,8 +152,8 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _attend_in_parts(
-    q_BHTD: Tensor, k_BKSD: Tensor, token_ids_BS: Tensor | None, values: Tensor,
-    strides: tuple[int, int, int], mask: Mask,
+    q_BHTD: Tensor, k_BKSD: Tensor, values: Tensor, strides: tuple[int, int, int], mask: Mask,
+    row_ids: Tensor | None = None, row_weights: tuple[float, ...] = (),
 ) -> Tensor:  # fmt: skip
     """``strides`` of the values: from row to row, from head to head, from token or id to the next.
 
@@ -153,18 +168,21 @@ def _attend_in_parts(
     parts = q_BHTD.new_empty(n_bag * n_split * (head_dim + 2), dtype=torch.float32)
     out = torch.empty(q_BHTD.shape, dtype=q_BHTD.dtype, device=q_BHTD.device)
     k_BKSD, q_BHTD = _dense(k_BKSD), q_BHTD.contiguous()
-    seen_BS, ids_BS = q_BHTD, q_BHTD  # something to point to, which is not read
+    seen_BS = ids_BS = weights = q_BHTD  # something to point to, which is not read
     if mask is not None:
         seen_BS = _dense(mask[:, 0, 0].expand(n_row, -1)).view(torch.uint8)
-    if token_ids_BS is not None:
-        ids_BS = _dense(token_ids_BS.expand(n_row, -1))
+    if row_ids is not None:
+        ids_BS = _dense(row_ids.reshape(len(row_ids), -1).expand(n_row, -1))
+    weighted = row_weights not in ((), (1.0,))
+    if weighted:
+        weights = _on_device(row_weights, q_BHTD.device)
     block_d = triton.next_power_of_2(head_dim)
     attend_split[(n_row * n_split, n_head)](
-        q_BHTD, k_BKSD, ids_BS, values, seen_BS, parts,
+        q_BHTD, k_BKSD, ids_BS, weights, values, seen_BS, parts,
         *k_BKSD.stride()[:3], *strides, ids_BS.stride(0), seen_BS.stride(0),
         n_past, per_split, n_split, n_bag * n_split, attention_scale(head_dim),
         HEADS=n_head, GROUP=n_head // n_kv_head, DIM=head_dim, BLOCK_D=block_d, BLOCK=BLOCK_S,
-        BY_ID=token_ids_BS is not None, MASKED=mask is not None, num_warps=WARPS,
+        ROWS=len(row_weights), WEIGHTED=weighted, MASKED=mask is not None, num_warps=WARPS,
     )  # fmt: skip
     join_parts[(n_bag,)](
         parts, out, n_split, n_bag * n_split,

@@ -68,7 +68,7 @@ def test_a_selected_cache_fetches_rows_of_its_own(tmp_path):
         found = model(piece, cache=branch)[0]
         assert torch.allclose(found, model(whole)[0, 3:], atol=1e-5)
     fetched = [
-        sorted(branch.slots.slot_of_id[:10].ge(0).nonzero()[:, 0].tolist()) for branch in branches
+        sorted(branch.slots.slot_of_row[:10].ge(0).nonzero()[:, 0].tolist()) for branch in branches
     ]
     assert fetched == [[1, 2, 3, 4, 6], [1, 2, 3, 5, 7]]
     assert cache.slots.n_used == 3

@@ -122,9 +122,9 @@ def test_ones_own_recipe_trains_and_goes_on(module, tiny_recipe, capsys):
     ("source", "words"),
     [
         ("nowhere.Source", "no module nowhere"),
-        ("my_values.Missing", "is not imported"),
-        ("os.path", "is not imported"),
-        ("bov_lightning.model.values.ValueSource", "is not imported"),
+        ("my_values.Missing", "has no value source Missing; it has Doubled"),
+        ("os.path", "module os has no value source path; it has none"),
+        ("bov_lightning.model.values.ValueSource", "has no value source ValueSource"),
         ("my_values..Doubled", "no class path"),
         (".Doubled", "no class path"),
     ],

@@ -88,6 +88,21 @@ def test_kernels_are_compiled_once_whatever_the_length_is(monkeypatch):
     assert [len(recorder.kinds) for recorder in recorders] == [2, 1]
 
 
+@pytest.mark.parametrize("weights", [(1.0, 0.5), (2.0, -1.0, 0.25), (0.5,)])
+def test_the_kernel_sums_the_rows_of_a_token(monkeypatch, device, weights):
+    monkeypatch.setattr(kernels, "PROGRAMS", 16)
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(2, 4, 1, 16, generator=generator)
+    k = torch.randn(2, 2, 150, 16, generator=generator)
+    ids = torch.randint(0, 40, (2, 150, len(weights)), generator=generator)
+    table = torch.randn(40, 32, generator=generator)
+    mask = torch.rand(2, 1, 1, 150, generator=generator) < 0.7
+    mask[..., -1] = True
+    arguments = [x.to(device) for x in (q, k, ids, table, mask)]
+    found = kernels.attend_fused(*arguments, weights)
+    assert torch.allclose(found, attend_gathered(*arguments, weights), atol=1e-5)
+
+
 def test_the_kernel_takes_half_precision(device):
     q, k = torch.randn(1, 2, 1, 16).bfloat16(), torch.randn(1, 2, 200, 16).bfloat16()
     ids, table = torch.randint(0, 40, (1, 200)), torch.randn(40, 32).bfloat16()
