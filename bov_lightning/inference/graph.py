@@ -42,6 +42,9 @@ class FixedSpan(Span):
         self.step, self._numbers, self._numbers_of_keys = step, numbers, {}
         self.joins, self.wraps = False, self.capacity == self.reach + 1
         self.n_read = self.capacity
+        # Where each row's new token goes, once for all that is kept of the window.
+        self._slots_B = step.positions_BT[:, 0] % self.capacity
+        self._rows_B = torch.arange(len(self._slots_B), device=step.device)
         for name in ("key_positions", "mask"):
             self.__dict__.pop(name, None)
 
@@ -52,8 +55,7 @@ class FixedSpan(Span):
 
     def write(self, kept_BKSD: Tensor, x_BTKD: Tensor) -> None:
         """Puts each row's new token into its slot; a row that gets none keeps what is there."""
-        slots_B = self.step.positions_BT[:, 0] % self.capacity
-        rows_B = torch.arange(len(slots_B), device=slots_B.device)
+        rows_B, slots_B = self._rows_B, self._slots_B
         new_BKD = x_BTKD[:, 0].to(kept_BKSD.dtype)
         advances = self.step.advances_B[:, None, None]
         kept_BKSD[rows_B, :, slots_B] = torch.where(

@@ -206,6 +206,7 @@ class Transformer(nn.Module):
         rotary = rotary_angles_at(text.begin(token_ids_BT, lengths, starts_BT), config.head_dim)
         masks = text.masks
         x_BTC = rms_norm(self.embedding(token_ids_BT) if embedded_BTC is None else embedded_BTC)
+        rotary = tuple(angle.to(x_BTC.dtype) for angle in rotary)  # once for all layers
         x_BTC = x0_BTC = self.smear(x_BTC, starts_BT, text.take_previous(x_BTC))
         layer_value, read_layer = None, config.read_layer or 0
         for i, (block, past) in enumerate(zip(self.blocks, text.layers, strict=True)):

@@ -29,7 +29,9 @@ def test_static_steps_choose_the_same_tokens(name, device):
     """Prompts of several lengths, one row beyond its window of 128 before another, one that ends
     early because the context is full."""
     model = model_of(name).to(device)
-    prompts = [ids[:n].tolist() for ids, n in zip(token_ids(135, n_row=3), (5, 120, 135))]
+    prompts = [
+        ids[:n].tolist() for ids, n in zip(token_ids(135, n_row=3), (5, 120, 135), strict=True)
+    ]
     for sampling in (Sampling(30, temperature=0), Sampling(8, temperature=0.9, top_k=20)):
         options = {"sampling": sampling, "max_context": 150}
         assert continued(model, prompts, static=True, **options) == continued(
