@@ -26,10 +26,12 @@ from bov_lightning.model.cache import Cache
 from bov_lightning.model.config import TransformerConfig, ValueConfig
 from bov_lightning.model.counting import meta_model, with_standard_values
 from bov_lightning.model.decode import attend_bank, attend_values
+from bov_lightning.model.ngrams import largest_prime, ngram_keys
 from bov_lightning.model.transformer import Transformer
 
 N_HEAD, HEAD_DIM, VOCAB = 12, 128, 32768
 BOV = ValueConfig("bank", "last_third", "learned")
+NGRAM_ROWS = largest_prime(2**16)
 MODEL_135M = TransformerConfig(12, 6, 6, 768, VOCAB, 2048, "SSSL", value=BOV)
 MODEL_780M = TransformerConfig(24, 12, 12, 1536, VOCAB, 2048, "SSSL", value=BOV)
 
@@ -51,6 +53,10 @@ def one_layer(batch: int, context: int, dtype: torch.dtype, repeats: int) -> dic
         torch.empty(batch, N_HEAD, context, HEAD_DIM, dtype=dtype).normal_() for _ in range(2)
     )
 
+    bigrams = ngram_keys(torch.stack((ids, ids.roll(1, dims=1)), dim=-1)) % NGRAM_ROWS + VOCAB
+    row_ids = torch.cat((ids[..., None], bigrams), dim=-1)
+    wider = torch.cat((table, torch.randn(NGRAM_ROWS, N_HEAD * HEAD_DIM).to(dtype)))
+
     def gather() -> None:
         rows = F.embedding(ids, table).view(batch, context, N_HEAD, HEAD_DIM).transpose(1, 2)
         F.scaled_dot_product_attention(query, key, rows)
@@ -60,6 +66,7 @@ def one_layer(batch: int, context: int, dtype: torch.dtype, repeats: int) -> dic
         "cached_ours": lambda: attend_values(query, key, value, None),
         "gather": gather,
         "bank": lambda: attend_bank(query, key, ids, table, None),
+        "ngram_bank": lambda: attend_bank(query, key, row_ids, wider, None, (1.0, 1.0)),
     }
     return side_by_side(actions, repeats)
 
@@ -193,7 +200,8 @@ def main() -> None:
 
     sizes = cache_bytes(32768)
     ratios = {
-        f"bank_vs_{other}_{context // 1024}k{suffix}": layer("bank", other, context, dtype)
+        f"{bank}_vs_{other}_{context // 1024}k{suffix}": layer(bank, other, context, dtype)
+        for bank in ("bank", "ngram_bank")
         for dtype, suffix in (("float32", ""), ("bfloat16", "_bfloat16"))
         for other in ("cached", "gather", "cached_ours")
         for context in options.context

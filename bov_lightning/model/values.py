@@ -282,7 +282,7 @@ class BankOfValues(ValueSource, name="bank"):
     value_cache = False
     optimizer_groups = {"table": "table"}
     row_weights: tuple[float, ...] | None = None
-    """What each of a token's R rows is multiplied by; None: it has one, or (B, T, R) of weight 1."""
+    """What each of a token's R rows is multiplied by; None: by 1."""
 
     def __init__(self, config: "TransformerConfig", n_more: int = 0):
         """``n_more``: rows beside those of the token ids."""
@@ -452,8 +452,8 @@ class LayerValues(nn.Module):
         self.source = None if shared is not None else source(config)
         if self._source.reach >= config.sequence_len:
             raise UserError(
-                f"value.source {value.source} looks {self._source.reach} tokens back, but rows have "
-                f"{config.sequence_len}: give it a smaller reach"
+                f"value.source {value.source} looks {self._source.reach} tokens back, but rows "
+                f"have {config.sequence_len}: give it a smaller reach"
             )
 
         sizes = {"learned": 1, "learned_per_channel": config.d_value}

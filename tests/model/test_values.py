@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from variants import KINDS, OVERLAYS, PAPER, SMALL, make_model, mostly_slow, perturb, token_ids
+import yaml
+from variants import (
+    KINDS,
+    OVERLAYS,
+    PAPER,
+    SMALL,
+    VALUES,
+    make_model,
+    mostly_slow,
+    perturb,
+    token_ids,
+)
 
 from bov_lightning.errors import UserError
 from bov_lightning.model.config import TransformerConfig, ValueConfig
@@ -160,6 +171,12 @@ def test_initialisation_has_the_statistics_of_the_reference(name, shared):
         ({"source": "first_layer", "layers": [0, 3]}, "layer 0"),
         ({"source": "bank", "layers": []}, "empty"),
         ({"source": "bank", "layers": [2, 2]}, "twice"),
+        ({"source": "layer", "source_args": {"layr": 2}}, "did you mean value.source_args.layer"),
+        ({"source": "layer", "source_args": {"layer": "quarter"}}, "third or half"),
+        ({"source": "layer", "source_args": {"layer": -1}}, "from 0 to 9,999"),
+        ({"source": "bank", "source_args": {"rank": 2}}, "there are no settings here"),
+        ({"source": "bank", "gate_channels": 6}, "only coefficient: gate has a gate"),
+        ({"source": "key", "coefficient": "gate", "add_context": True}, "gate needs source bank"),
     ],
 )
 def test_impossible_values_are_refused(value, word):
@@ -179,6 +196,19 @@ def test_impossible_values_are_refused(value, word):
         ({"n_layer": 0}, "n_layer"),
         ({"n_layer": 1, "value": ValueConfig("first_layer", "every")}, "selects no layer"),
         ({"d_model": 36, "n_head": 4}, "even"),
+        ({"value": ValueConfig("layer", source_args={"layer": 5})}, "selects no layer of 6"),
+        (
+            {"value": ValueConfig("layer", [2, 5], source_args={"layer": "third"})},
+            "holds 2, but layer reads the value that layer 2 computes",
+        ),
+        (
+            {
+                "value": ValueConfig(
+                    "bank", "every", "gate", True, gate_channels=25, gate_inputs="x_and_row"
+                )
+            },
+            "gate_channels is 25.* 24 channels",
+        ),
     ],
 )
 def test_impossible_shapes_are_refused(shape, word):
@@ -207,6 +237,45 @@ def test_overlays_are_the_rows_of_the_paper(name, shared):
     paper = read_rows(shared)["rows"][name]["value"]
     assert set(OVERLAYS[name]) == set(paper)
     assert ValueConfig(**OVERLAYS[name]) == ValueConfig(**paper)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in VALUES])
+def test_overlays_spell_out_the_settings_of_their_source(name):
+    """A run holds them all, by which the report knows the overlay."""
+    path = next(path for path in VALUES if path.stem == name)
+    value = yaml.safe_load(path.read_text())["model"]["config"]["value"]
+    assert value.get("source_args", {}) == ValueConfig(**value).source_args
+
+
+@torch.no_grad()
+def test_first_layer_is_layer_zero():
+    """And another layer's value is that layer's own projection of its own stream."""
+    ids, first = token_ids(40), make_model(OVERLAYS["first_layer"])
+    value = OVERLAYS["layer_third"] | {"source_args": {"layer": 0}}
+    assert torch.equal(perturb(make_model(value), 0.5)(ids), perturb(first, 0.5)(ids))
+    model, read = perturb(make_model(OVERLAYS["layer_third"]), 0.5), []
+    for i in (2, 4, 5):
+        hook = model.blocks[i].attention.value.register_forward_hook
+        hook(lambda module, inputs, value: read.append((inputs[0], value)))
+    model(ids)
+    (inputs, own), *others = read
+    assert torch.equal(own, model.blocks[2].attention.value.projection(inputs.x))
+    for layer, (_, value) in zip((4, 5), others, strict=True):
+        assert torch.equal(value, model.blocks[layer].attention.value.coefficient * own)
+
+
+@torch.no_grad()
+def test_values_of_keys_are_keys_without_rotation():
+    """Of grouped heads too: a key has the shape of a value. Decoding keeps keys alone."""
+    model, read = perturb(make_model(OVERLAYS["key"], n_kv_head=1), 0.5), []
+    attention = model.blocks[5].attention
+    attention.value.register_forward_hook(lambda module, inputs, value: read.append(
+        (inputs[0].x, value)))  # fmt: skip
+    model(token_ids(40))
+    ((x, value),) = read
+    assert torch.equal(value, attention.value.coefficient * attention.key(x))
+    assert attention.value.projection is None
+    assert model.new_cache(1, 10).layers[5].values is None
 
 
 def test_meta_model_has_the_parameters_of_the_real_one():
