@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bov_lightning.errors import UserError
-from bov_lightning.inference.graph import StaticStep, why_not_static
+from bov_lightning.inference.graph import StaticStep, StaticSteps, pays_static
 from bov_lightning.inference.sampling import Sampling, choose, has_choice, likeliest
 from bov_lightning.model.cache import moved
 from bov_lightning.model.prefill import prefill
@@ -26,7 +26,8 @@ class Decoding:
         sampling: how tokens are chosen.
         max_context: tokens of prompt and continuation that a row may hold.
         static: whether a `StaticStep` computes every token but the first; None: on CUDA, where
-            it can.
+            it can. Those of one batch after another, `StaticSteps`, are captured once; the
+            decoding before must have come to its end.
 
     Raises:
         UserError: a prompt that is empty or longer than ``max_context``.
@@ -34,7 +35,7 @@ class Decoding:
 
     def __init__(
         self, model: Transformer, prompts: list[list[int]], sampling: Sampling,
-        max_context: int | None = None, static: bool | None = None,
+        max_context: int | None = None, static: bool | StaticSteps | None = None,
     ):  # fmt: skip
         self.model, self.prompts, self.sampling = model, prompts, sampling
         self.max_context = max_context or model.config.max_context
@@ -47,12 +48,16 @@ class Decoding:
                 "it or raise --max-context"
             )
         room = min(self.max_context, longest + sampling.max_new_tokens)
-        self.cache = model.new_cache(len(prompts), room)
-        if static is None:
-            static = self.cache.device.type == "cuda" and not why_not_static(self.cache)
         # What the host needs to see of the logits.
         self._then = likeliest if sampling.temperature == 0 else None
-        self._static = StaticStep(model, self.cache, self._then) if static else None
+        self._static: StaticStep | None = None
+        if isinstance(static, StaticSteps):
+            self._static = static.take(len(prompts), room, self._then)
+            self.cache = self._static.cache
+        else:
+            self.cache = model.new_cache(len(prompts), room)
+            if pays_static(self.cache) if static is None else static:
+                self._static = StaticStep(model, self.cache, self._then)
         self.new: list[list[int]] = [[] for _ in prompts]
         self.running = [True] * len(prompts)
         self._generators = [

@@ -221,6 +221,34 @@ class StaticStep:
         self._graph = graph
 
 
+class StaticSteps:
+    """Static steps by batch size: what was captured for one batch serves the next of its size."""
+
+    unit = 512
+    """Rooms are multiples of it, so that a slightly longer text fits as well."""
+
+    def __init__(self, model: Transformer):
+        self.model = model
+        self._steps: dict[tuple, StaticStep] = {}
+
+    def take(
+        self, batch_size: int, room: int, then: Callable[[Tensor], Tensor] | None
+    ) -> StaticStep:
+        """A step whose cache is empty and has at least that room; `StaticStep` on the rest.
+
+        It is the one that was taken before for this batch size, whose texts are forgotten.
+        """
+        key = batch_size, then
+        if key in self._steps and self._steps[key].cache.max_context < room:
+            del self._steps[key]
+        if key in self._steps:
+            self._steps[key].cache.clear()
+        else:
+            cache = self.model.new_cache(batch_size, -(-room // self.unit) * self.unit)
+            self._steps[key] = StaticStep(self.model, cache, then)
+        return self._steps[key]
+
+
 def why_not_static(cache: Cache) -> str:
     """Why a `StaticStep` cannot serve this cache; empty where it can."""
     if cache.rows:
@@ -234,3 +262,8 @@ def why_not_static(cache: Cache) -> str:
         if triton is None:
             return "Triton is not installed, without which reading a bank waits for the device"
     return ""
+
+
+def pays_static(cache: Cache) -> bool:
+    """Whether a `StaticStep` is the faster way: a CPU would read room that holds nothing yet."""
+    return cache.device.type == "cuda" and not why_not_static(cache)

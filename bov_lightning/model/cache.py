@@ -424,6 +424,15 @@ class Cache:
         for store in self.stores:
             store.release()
 
+    def clear(self) -> None:
+        """Forgets all texts; what a step sees of its room follows from the lengths."""
+        self._lengths = [0] * self.batch_size
+        self.lengths = torch.zeros_like(self.lengths)
+        self.previous_B1C = torch.zeros_like(self.previous_B1C)
+        self.previous_ids_BR = torch.full_like(self.previous_ids_BR, NOTHING)
+        if self._count_B1 is not None:
+            self._count_B1 = torch.zeros_like(self._count_B1)
+
     def pretend(self, token_ids_BT: Tensor) -> None:
         """Counts tokens as seen without computing anything for them, for benchmarks."""
         n_row, n_token = token_ids_BT.shape

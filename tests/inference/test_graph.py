@@ -6,7 +6,7 @@ from variants import KINDS, OVERLAYS, make_model, mostly_slow, perturb, token_id
 
 from bov_lightning.errors import UserError
 from bov_lightning.inference.decoding import Decoding
-from bov_lightning.inference.graph import StaticStep, why_not_static
+from bov_lightning.inference.graph import StaticStep, StaticSteps, why_not_static
 from bov_lightning.inference.sampling import Sampling
 from bov_lightning.model.offload import MemoryTable
 from bov_lightning.model.values import BankOfValues
@@ -37,6 +37,23 @@ def test_static_steps_choose_the_same_tokens(name, device):
         assert continued(model, prompts, static=True, **options) == continued(
             model, prompts, static=False, **options
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [{}, {"document_start": 0}])
+def test_batches_take_turns_with_one_step(shape, device):
+    """What was captured for a batch serves the next of its size; a longer one gets more room."""
+    model = model_of("bigram_bank", **shape).to(device)
+    steps = StaticSteps(model)
+    sampling, taken = Sampling(5, temperature=0), []
+    for n in (200, 3, 150, 520, 9):
+        prompts = token_ids(n).tolist()
+        decoding = Decoding(model, prompts, sampling, static=steps)
+        while any(decoding.running):
+            decoding.step()
+        assert decoding.new == continued(model, prompts, sampling, static=False)
+        taken.append(decoding.cache)
+    assert taken[0] is taken[1] is taken[2] is not taken[3] is taken[4]
 
 
 @pytest.mark.parametrize("shape", [{}, {"document_start": 0}, {"window_pattern": "L"}])
