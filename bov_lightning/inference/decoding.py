@@ -8,7 +8,7 @@ from torch import Tensor
 from bov_lightning.errors import UserError
 from bov_lightning.inference.graph import StaticStep, StaticSteps, pays_static
 from bov_lightning.inference.sampling import Sampling, choose, has_choice, likeliest
-from bov_lightning.model.cache import moved
+from bov_lightning.model.offload import moved
 from bov_lightning.model.prefill import prefill
 from bov_lightning.model.transformer import Transformer
 from data_modules.vocabulary import BYTE, REPLACEMENT, Following

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from bov_lightning.errors import UserError
-from bov_lightning.model.cache import Cache, Span, Store, moved
+from bov_lightning.model.cache import Cache, Span, Store
+from bov_lightning.model.offload import moved
 from bov_lightning.model.transformer import Transformer
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from bov_lightning.errors import UserError
 from bov_lightning.model.config import TransformerConfig
 from bov_lightning.model.ngrams import NOTHING, Tokens, look_up, lookup_source, text_positions
-from bov_lightning.model.offload import BankRows, HostTable, Slots
+from bov_lightning.model.offload import BankRows, HostTable, Slots, moved
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,13 +26,6 @@ if TYPE_CHECKING:
 ROW_IDS, TOKEN_IDS, STARTS = "row_ids", "token_ids", "starts"
 """Numbers of every token so far, in the order of the text: rows of value tables, ids, and whether
 it begins a document."""
-
-
-def moved(host: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host's, on ``device``; the host waits for no GPU, as it would unpinned."""
-    if device.type != "cuda" or host.device.type == "cuda":
-        return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)
 
 
 def on_device(numbers: list[int], device: torch.device) -> Tensor:

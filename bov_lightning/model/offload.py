@@ -19,6 +19,13 @@ MIN_SLOTS = 256
 _threads = ThreadPoolExecutor(1, thread_name_prefix="value-rows")
 
 
+def moved(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's, on ``device``; the host waits for no GPU, as it would unpinned."""
+    if device.type != "cuda" or host.device.type == "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
+
+
 class HostTable(Protocol):
     """A table outside of the device's memory."""
 
@@ -85,7 +92,7 @@ class Slots:
         slots = torch.arange(self.n_used, self.n_used + len(new))
         self.slot_of_row[new] = slots
         if len(new):
-            self.on_device[new.to(self.device)] = slots.to(self.device)
+            self.on_device[moved(new, self.device)] = moved(slots, self.device)
         self.n_used += len(new)
         return new
 

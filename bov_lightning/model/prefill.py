@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bov_lightning.model.cache import Cache, moved
+from bov_lightning.model.cache import Cache
+from bov_lightning.model.offload import moved
 
 if TYPE_CHECKING:
     from bov_lightning.model.transformer import Transformer
