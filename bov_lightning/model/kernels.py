@@ -33,7 +33,7 @@ WARPS = 4
 
 if triton is not None:
     # Numbers that grow with the text are no constants of the compiled kernel: it is compiled once.
-    GROWING = ("ids_row", "mask_row", "n_past", "per_split", "n_split", "n_part")
+    GROWING = ["ids_row", "mask_row", "n_past", "per_split", "n_split", "n_part"]
 
     @triton.jit(do_not_specialize=GROWING)
     def attend_split(
@@ -96,7 +96,7 @@ if triton is not None:
         tl.store(parts + n_part * DIM + part, highest)
         tl.store(parts + n_part * (DIM + 1) + part, weight_sum)
 
-    @triton.jit(do_not_specialize=("n_split", "n_part"))
+    @triton.jit(do_not_specialize=["n_split", "n_part"])
     def join_parts(
         parts, out, n_split, n_part,
         DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
