@@ -83,28 +83,18 @@ def _of_rows(
     return weight_BHSR.flatten(2), row_ids.flatten(1)
 
 
-def rows_of(x_BKSD: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Kept vectors as rows of one table (N, D), not copied, and their row numbers, (B, K, S).
-
-    None where they do not lie in memory so.
-    """
-    n_row, n_kv_head, n_past, head_dim = x_BKSD.shape
-    if x_BKSD.stride(0) != x_BKSD.stride(1) * n_kv_head or not x_BKSD[0, 0].is_contiguous():
-        return None
-    n_room = x_BKSD.stride(1) // head_dim
-    n_table = (n_row * n_kv_head - 1) * n_room + n_past
-    head = torch.arange(n_row * n_kv_head).view(n_row, n_kv_head, 1)
-    table_ND = x_BKSD.as_strided((n_table, head_dim), (head_dim, 1))
-    return table_ND, head * n_room + torch.arange(n_past)
-
-
 def attend_values(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask) -> Tensor:
     """`attend` to kept values, faster for one new token per row on a CPU."""
-    found = None if q_BHTD.shape[2] > 1 or q_BHTD.is_cuda else rows_of(v_BKSD)
-    if found is None:
+    dense = v_BKSD.stride(0) == v_BKSD.stride(1) * v_BKSD.shape[1] and v_BKSD[0, 0].is_contiguous()
+    if q_BHTD.shape[2] > 1 or q_BHTD.is_cuda or not dense:
         return attend(q_BHTD, k_BKSD.to(q_BHTD.dtype), v_BKSD.to(q_BHTD.dtype), mask)
-    table_ND, row_BKS = found
-    row_BHS = row_BKS.repeat_interleave(q_BHTD.shape[1] // v_BKSD.shape[1], dim=1)
+    n_row, n_kv_head, n_past, head_dim = v_BKSD.shape
+    n_room = v_BKSD.stride(1) // head_dim
+    n_table = (n_row * n_kv_head - 1) * n_room + n_past
+    table_ND = v_BKSD.as_strided((n_table, head_dim), (head_dim, 1))
+    head = torch.arange(n_row * n_kv_head).view(n_row, n_kv_head, 1)
+    row_BKS = head * n_room + torch.arange(n_past)
+    row_BHS = row_BKS.repeat_interleave(q_BHTD.shape[1] // n_kv_head, dim=1)
     weight_BHS = probabilities(q_BHTD, k_BKSD, None if mask is None else mask[:, 0])
     return weighted_rows(weight_BHS, row_BHS, table_ND).to(q_BHTD.dtype)
 
