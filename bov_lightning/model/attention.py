@@ -163,8 +163,17 @@ def _masks_of_any_length(
     return masks
 
 
+def allow_many_graphs() -> None:
+    """After eight graphs of one function the compiler would run the rest uncompiled, and only log
+    it; windows, value sources, documents and the modes of training and validation make more."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+
+
 @lru_cache(maxsize=1)
 def _compiled_flex_attention():
+    allow_many_graphs()
     return torch.compile(_flex_attention)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bov_lightning.errors import UserError
 from bov_lightning.model.attention import (
     Mask,
+    allow_many_graphs,
     attend,
     make_masks,
     rotary_angles_at,
@@ -224,11 +225,7 @@ class Transformer(nn.Module):
 
     def compile_blocks(self, **options) -> None:
         """Has torch.compile, which gets ``options``, make one graph per kind of block and mode."""
-        import torch._dynamo
-
-        # Windows, value sources and the first layer make kinds; training and validation, modes.
-        # After eight graphs the compiler would run the rest uncompiled, and only log it.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        allow_many_graphs()
         for block in self.blocks:
             block.compile(**options)
 

@@ -97,12 +97,6 @@ class BoVModule(pl.LightningModule):
         rows = data.sample_rows(source.learns_from)
         self.model.learn(rows.to(self.model.embedding.weight.device))
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Pins rows that go to a GPU: copying others would wait until it has done all its work."""
-        if self.device.type == "cuda" and isinstance(batch, Tensor) and not batch.is_cuda:
-            return batch.pin_memory()
-        return batch
-
     def training_step(self, rows: Tensor, batch_index: int) -> Tensor:
         """Mean loss in nats per token of rows (micro, T+1)."""
         loss = self.model(rows[:, :-1], rows[:, 1:])
