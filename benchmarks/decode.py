@@ -50,9 +50,12 @@ class Sizes:
     """That whose memory is counted: 780M."""
     n_prompt: int = 2048
     n_new: int = 256
+    at_least: float = 4.0
+    """Seconds in which short actions are repeated."""
 
 
-TOY = Sizes(2, 16, TransformerConfig(3, 2, 2, 32, 256, 64, "L", value=BOV), n_prompt=32, n_new=4)
+TOY = Sizes(2, 16, TransformerConfig(3, 2, 2, 32, 256, 64, "L", value=BOV), n_prompt=32, n_new=4,
+            at_least=0)  # fmt: skip
 COLD_BYTES = 2**28
 """Several times what a GPU's cache holds."""
 
@@ -134,7 +137,7 @@ def one_layer(
     actions = {name: partial(layers, way) for name, way in ways.items()}
     if device.type == "cuda":
         actions = {name: waiting(captured(action), device) for name, action in actions.items()}
-    seconds = side_by_side(actions, repeats, at_least=4.0 if device.type == "cpu" else 0.5)
+    seconds = side_by_side(actions, repeats, sizes.at_least)
     found = {name: value / n_layer for name, value in seconds.items()}
     if device.type == "cuda" and batch == 1:
         exact = (x.float() for x in (query, key[0]))
@@ -164,7 +167,7 @@ def whole_model(
         cache = filled(model.new_cache(batch, room), context, n_vocab)
         token = zipf_ids(batch, 1, n_vocab).to(device)
         actions[name] = waiting(partial(model, token, cache=cache), device)
-    return side_by_side(actions, repeats)
+    return side_by_side(actions, repeats, sizes.at_least)
 
 
 def against_llama(
@@ -275,7 +278,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.cpu_time:
         harness.clock = time.process_time
-    sizes, device = TOY if options.toy else Sizes(), torch.device(options.device)
+    device = torch.device(options.device)
+    sizes = TOY if options.toy else Sizes(at_least=4.0 if device.type == "cpu" else 0.5)
     dtypes = [getattr(torch, name) for name in options.dtype]
     seconds: dict[str, float] = {}
     errors: dict[str, float] = {}

@@ -53,7 +53,7 @@ class Journey:
         words = ["--run.root", str(self.folder / root), "--run.name", "run",
                  "--trainer.accelerator", kind, "--trainer.precision", precision]  # fmt: skip
         cores = str(max(1, (os.cpu_count() or 2) // 2))
-        with open(self.folder / f"{root}.txt", "a") as log:
+        with open(self.folder / f"{root}.log", "a") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "bov_lightning.cli", "fit", *self.common, *words],
                 stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": cores},
@@ -61,7 +61,7 @@ class Journey:
 
     def log(self, root: str) -> str:
         """What the run has printed."""
-        return (self.folder / f"{root}.txt").read_text()
+        return (self.folder / f"{root}.log").read_text()
 
     def losses(self, root: str) -> list[float]:
         """Of the run's first steps."""
@@ -89,7 +89,7 @@ def command(*words: str) -> tuple[bool, str]:
     with contextlib.redirect_stdout(said):
         code = bov(list(words))
     text = said.getvalue()
-    print(f"--- bov {' '.join(words)}: {code}, {time.monotonic() - began:.1f} s\n{text}")
+    print(f"bov {words[0]}: {code}, {time.monotonic() - began:.1f} s\n{text}", flush=True)
     return code == 0, text
 
 
@@ -109,7 +109,7 @@ def main() -> int:
     folder.mkdir()
     more = TOY if options.toy else []
     if options.text or options.toy:
-        more = [*more, *options_of(options.text, folder / "text", megabytes=0.2)]
+        more = [*more, *options_of(options.text, folder / "text", megabytes=1)]
     journey = Journey(folder, device, more)
     done: dict[str, bool] = {}
 
@@ -155,8 +155,6 @@ def main() -> int:
         done=done,
         summary=f"not {', '.join(missing)}" if missing else f"all {len(done)}",
     )
-    for root in ("gpu", "cpu", "moved"):
-        print(f"--- bov fit, {root}\n{journey.log(root)}")
     return int(bool(missing))
 
 

@@ -43,11 +43,11 @@ class Stage:
 
 STAGES = {
     "a": Stage("environment", 1, "gpu/environment.py"),
-    "b": Stage("tests", 3, "gpu/checks.py", toy=("tests/model/test_loss.py",)),
-    "c": Stage("journey", 3, "gpu/journey.py", text=True),
+    "b": Stage("tests", 4, "gpu/checks.py", toy=("tests/model/test_loss.py",)),
+    "c": Stage("journey", 4, "gpu/journey.py", text=True),
     "d": Stage("training", 9, "gpu/training.py"),
     "e": Stage(
-        "decoding", 5, "decode.py",
+        "decoding", 4, "decode.py",
         ("--dtype", "bfloat16", "--batch", "1", "32", "--repeats", "5", "--memory-gb", "60",
          "--llama-batch", "1", "32", "--llama-repeats", "1"),
         ("--toy", "--dtype", "bfloat16", "--batch", "1", "32", "--repeats", "1", "--memory-gb",
@@ -55,8 +55,8 @@ STAGES = {
     ),
     "f": Stage("save", 3, "checkpoint.py", ("--recipe", "bov-780m", "--repeats", "2"),
                ("--recipe", "quickstart", "--repeats", "1")),
-    "g": Stage("fp8", 2, "gpu/training.py", ("--only", "fp8"), ("--toy", "--only", "fp8")),
-    "h": Stage("ladder", 4, "gpu/ladder.py", text=True),
+    "g": Stage("fp8", 1, "gpu/training.py", ("--only", "fp8"), ("--toy", "--only", "fp8")),
+    "h": Stage("ladder", 2, "gpu/ladder.py", text=True),
 }  # fmt: skip
 
 
@@ -153,8 +153,8 @@ def carry_home(output: Path, work: Path, outcomes: dict[str, Outcome]) -> str:
     results = {STAGES[letter].name: vars(outcome) for letter, outcome in outcomes.items()}
     (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     with tarfile.open(output / "logs.tar.gz", "w:gz") as archive:
-        for path in sorted((*work.glob("*.log"), *work.glob("*.json"))):
-            archive.add(path, path.name)
+        for path in sorted((*work.glob("*.log"), *work.glob("*.json"), *work.glob("*/*.log"))):
+            archive.add(path, path.relative_to(work))
     return text
 
 

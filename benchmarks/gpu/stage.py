@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Results(dict[str, Any]):
-    """A mapping that is written down whenever something is put in by `keep`."""
+    """A mapping in a file."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -15,9 +15,13 @@ class Results(dict[str, Any]):
 
     def keep(self, **found: Any) -> None:
         """Adds what was found, prints it, and writes the file."""
-        self.update(found)
         for name, value in found.items():
             print(f"{name}: {value}", flush=True)
+        self.update(found)
+        self.write()
+
+    def write(self) -> None:
+        """Writes the file, whole or not at all."""
         aside = self.path.with_name(f".{self.path.name}")
         aside.write_text(json.dumps(self), encoding="utf-8")
         aside.replace(self.path)

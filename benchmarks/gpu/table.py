@@ -113,6 +113,6 @@ def table(names: dict[str, str], outcomes: dict[str, Found], rows: list[Row]) ->
         shown = row.form.format(value)
         lines.append(f"{row.stage} {row.what:36} {shown:>28}  {row.wanted:10} {verdict}".rstrip())
     for letter, outcome in outcomes.items():
-        if outcome.status != "ok":
+        if outcome.status.startswith(("failed", "out")):
             lines.append(f"{letter} {names[letter]}: {outcome.status}; see logs.tar.gz")
     return "\n".join(lines) + "\n"

@@ -31,4 +31,4 @@ def _documents():
     paths = sysconfig.get_paths()
     for root in dict.fromkeys((paths["stdlib"], paths["purelib"])):
         for path in sorted(Path(root).rglob("*.py")):
-            yield from cut_at_lines(path.read_text(encoding="utf-8", errors="replace"), 2000)
+            yield from cut_at_lines(path.read_text(encoding="utf-8", errors="replace"), 500)

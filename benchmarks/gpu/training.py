@@ -133,7 +133,9 @@ class Size:
 
     def keep(self, **found: Any) -> None:
         """Adds to what is known of this size."""
-        self.results.keep(**{self.name: self.results.get(self.name, {}) | found})
+        print(self.name, found, flush=True)
+        self.results.setdefault(self.name, {}).update(found)
+        self.results.write()
 
     def make(self, kind: type[Subject], config: TransformerConfig, compiled: bool) -> Subject:
         """A model with its optimizer."""
