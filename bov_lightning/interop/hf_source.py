@@ -24,6 +24,7 @@ from bov_lightning.model import (
     layers,
     lookup,
     loss,
+    loss_kernel,
     matmul,
     offload,
     prefill,
@@ -36,8 +37,8 @@ from bov_lightning.text import lines
 from bov_lightning.version import __version__
 
 PARTS = (
-    errors, kinds, matmul, layers, lookup, config, attention, kernels, decode, values, loss,
-    offload, cache, transformer, prefill, hf_cache, hf_arguments, hf_vocabulary, hf_model,
+    errors, kinds, matmul, layers, lookup, config, attention, kernels, decode, values, loss_kernel,
+    loss, offload, cache, transformer, prefill, hf_cache, hf_arguments, hf_vocabulary, hf_model,
 )  # fmt: skip
 """The files of the network, each after those that it imports."""
 

@@ -164,9 +164,13 @@ def _masks_of_any_length(
 
 @lru_cache(maxsize=1)
 def _compiled_flex_attention():
+    return torch.compile(_flex_attention)
+
+
+def _flex_attention(*arguments, **how) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    return flex_attention(*arguments, **how)
 
 
 def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Mask) -> Tensor:
@@ -186,7 +190,10 @@ def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Mask) -> Tensor
         narrow = max(0, LEAST_FLEX_HEAD - v_BKTD.shape[3])
         if narrow:
             q_BHTD, k_BKTD, v_BKTD = (F.pad(x, (0, narrow)) for x in (q_BHTD, k_BKTD, v_BKTD))
-        y_BHTD = _compiled_flex_attention()(q_BHTD, k_BKTD, v_BKTD, block_mask=mask, **how)
+        # Uncompiled it would hold all scores; inside a compiled block it is part of its graph.
+        compiled = torch.compiler.is_compiling()
+        flex_attention = _flex_attention if compiled else _compiled_flex_attention()
+        y_BHTD = flex_attention(q_BHTD, k_BKTD, v_BKTD, block_mask=mask, **how)
         return y_BHTD[..., : y_BHTD.shape[3] - narrow]
     is_causal = False
     # Decided here: lengths are symbols while a graph of any length is exported.

@@ -218,6 +218,16 @@ class Transformer(nn.Module):
             states.append(x_BTC)
         return x_BTC
 
+    def compile_blocks(self, **options) -> None:
+        """Has torch.compile, which gets ``options``, make one graph per kind of block and mode."""
+        import torch._dynamo
+
+        # Windows, value sources and the first layer make kinds; training and validation, modes.
+        # After eight graphs the compiler would run the rest uncompiled, and only log it.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        for block in self.blocks:
+            block.compile(**options)
+
     def new_cache(
         self, batch_size: int, max_context: int, dtype: torch.dtype | None = None
     ) -> Cache:
