@@ -37,7 +37,7 @@ def run_sh(*words: str) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 def test_dry_run_measures_everything(tmp_path):
     """Every stage, on the CPU; what a GPU alone can tell is missing, and nothing else."""
-    done = run_sh("--dry-run", "--output", str(tmp_path))
+    done = run_sh("--dry-run", "--output", str(tmp_path), "--minutes", "30")
     assert done.returncode == 0, done.stdout + done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {
         "table.txt", "results.json", "logs.tar.gz"

@@ -39,6 +39,8 @@ class Stage:
     """What makes it small enough for a CPU."""
     text: bool = False
     """Whether it reads --text."""
+    stops_itself: bool = False
+    """Whether it is told how long it may take, so as to save what it has."""
 
 
 STAGES = {
@@ -56,7 +58,7 @@ STAGES = {
     "f": Stage("save", 3, "checkpoint.py", ("--recipe", "bov-780m", "--repeats", "2"),
                ("--recipe", "quickstart", "--repeats", "1")),
     "g": Stage("fp8", 1, "gpu/training.py", ("--only", "fp8"), ("--toy", "--only", "fp8")),
-    "h": Stage("ladder", 2, "gpu/ladder.py", text=True),
+    "h": Stage("ladder", 2, "gpu/ladder.py", text=True, stops_itself=True),
 }  # fmt: skip
 
 
@@ -75,14 +77,16 @@ def limits(stages: list[str], seconds: float) -> float:
     return seconds * STAGES[stages[0]].share / sum(STAGES[letter].share for letter in stages)
 
 
-def command(letter: str, options: argparse.Namespace, result: Path) -> list[str]:
-    """Of one stage's process."""
+def command(letter: str, options: argparse.Namespace, result: Path, seconds: float) -> list[str]:
+    """Of one stage's process, which may take so many seconds."""
     stage = STAGES[letter]
     words = [sys.executable, str(FOLDER.parent / stage.script), "--output", str(result)]
     words += ["--device", "cpu" if options.dry_run else "cuda"]
     words += stage.toy if options.dry_run else stage.arguments
     if stage.text and options.text:
         words += ["--text", str(options.text.resolve())]
+    if stage.stops_itself:
+        words += ["--seconds", f"{seconds:.0f}"]
     return words
 
 
@@ -153,7 +157,9 @@ def carry_home(output: Path, work: Path, outcomes: dict[str, Outcome]) -> str:
     results = {STAGES[letter].name: vars(outcome) for letter, outcome in outcomes.items()}
     (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     with tarfile.open(output / "logs.tar.gz", "w:gz") as archive:
-        for path in sorted((*work.glob("*.log"), *work.glob("*.json"), *work.glob("*/*.log"))):
+        # Of its files a stage leaves those that are worth it in a folder `home`.
+        patterns = ("*.log", "*.json", "*/*.log", "*/home/*")
+        for path in sorted(path for pattern in patterns for path in work.glob(pattern)):
             archive.add(path, path.relative_to(work))
     return text
 
@@ -197,12 +203,12 @@ def main() -> int:
             print(f"gpu-wheels could not be installed: {error}", flush=True)
         variables = environment(options) | {"TMPDIR": str(work)}
         for i, letter in enumerate(options.stages):
-            seconds = limits(options.stages[i:], end - time.monotonic())
+            seconds = max(1, limits(options.stages[i:], end - time.monotonic()))
             name = STAGES[letter].name
             result = work / f"{letter}-{name}.json"
-            words = command(letter, options, result)
+            words = command(letter, options, result, seconds)
             log = result.with_suffix(".log")
-            outcomes[letter] = found = run_stage(words, log, result, max(seconds, 1), variables)
+            outcomes[letter] = found = run_stage(words, log, result, seconds, variables)
             print(f"{letter} {name}: {found.status}, {found.seconds:.0f} s", flush=True)
             text = carry_home(options.output, work, outcomes)
     finally:
