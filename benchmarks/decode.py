@@ -9,6 +9,7 @@ kernels are captured once and replayed, on keys and tables that its cache does n
 """
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -296,6 +297,16 @@ def main() -> None:
             known["ratios"] = ratios_of(seconds)
             options.output.write_text(json.dumps(known), encoding="utf-8")
 
+    def try_and_keep(name: str, measure: Callable[[], dict[str, float]]) -> None:
+        """What does not fit into a GPU's memory is left out, and the rest goes on."""
+        try:
+            keep(name, measure())
+        except torch.OutOfMemoryError:
+            skipped.append(name)
+        if device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+
     def layers() -> None:
         for dtype in dtypes:
             for batch in options.batch:
@@ -307,7 +318,7 @@ def main() -> None:
                         skipped.append(name)
                         continue
                     arguments = batch, context, dtype, options.repeats, sizes, device
-                    keep(name, one_layer(*arguments))
+                    try_and_keep(name, partial(one_layer, *arguments))
 
     def models() -> None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -319,13 +330,14 @@ def main() -> None:
                     skipped.append(name)
                     continue
                 arguments = batch, context, dtype, options.repeats, sizes, device
-                keep(name, whole_model(*arguments))
+                try_and_keep(name, partial(whole_model, *arguments))
 
     def llamas() -> None:
         for dtype in dtypes:
             for batch in options.llama_batch:
                 name = _name(dtype) if batch == 1 else f"{_name(dtype)}_b{batch}"
-                keep(name, against_llama(batch, dtype, options.llama_repeats, sizes, device))
+                arguments = batch, dtype, options.llama_repeats, sizes, device
+                try_and_keep(name, partial(against_llama, *arguments))
 
     # Where time is short, the more wanted come first.
     for part in (layers, llamas, models) if device.type == "cuda" else (layers, models, llamas):

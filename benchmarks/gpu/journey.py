@@ -41,7 +41,7 @@ class Journey:
         self.common = [
             "--config", "quickstart", *more, "--seed", "1",
             "--data.init_args.directory", str(folder / "data"),
-            "--model.budget.steps", str(STEPS), "--checkpoint.every_steps", "10",
+            "--model.budget.steps", str(STEPS), "--checkpoint.every_steps", "5",
             "--validation.every_steps", str(STEPS), "--validation.tokens", "32768",
             "--evaluation.tasks", "[]", "--trainer.log_every_n_steps", "1",
         ]  # fmt: skip

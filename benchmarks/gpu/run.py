@@ -55,7 +55,7 @@ STAGES = {
         ("--toy", "--dtype", "bfloat16", "--batch", "1", "32", "--repeats", "1", "--memory-gb",
          "0.4", "--llama-batch", "1", "32"),
     ),
-    "f": Stage("save", 3, "checkpoint.py", ("--recipe", "bov-780m", "--repeats", "2"),
+    "f": Stage("save", 3, "checkpoint.py", ("--recipe", "bov-780m", "--repeats", "1"),
                ("--recipe", "quickstart", "--repeats", "1")),
     "g": Stage("fp8", 1, "gpu/training.py", ("--only", "fp8"), ("--toy", "--only", "fp8")),
     "h": Stage("ladder", 2, "gpu/ladder.py", text=True, stops_itself=True),
