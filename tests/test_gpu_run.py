@@ -45,7 +45,7 @@ def test_dry_run_measures_everything(tmp_path):
     text = (tmp_path / "table.txt").read_text()
     assert done.stdout.endswith(f"\n\n{text}")
     lines = text.splitlines()
-    assert 25 <= len(lines) <= 38
+    assert 25 <= len(lines) <= 36
     unknown = [line for line in lines if line.rstrip().endswith((" -", " ok"))]
     assert not [line for line in unknown if not any(x in line for x in NEEDS_A_GPU)]
 

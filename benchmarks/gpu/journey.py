@@ -122,6 +122,9 @@ def main() -> int:
     gpu.wait()
     shutil.copytree(folder / "gpu", folder / "moved")
     gpu, moved = journey.start("gpu", device), journey.start("moved", "cpu")
+    wait_for(lambda: len(journey.losses("cpu")) == N_LOSS, cpu)
+    cpu.kill()
+    cpu.wait()
     done["resumed"] = gpu.wait() == 0 and "resuming" in journey.log("gpu")
     results.keep(done=done)
 
@@ -142,9 +145,6 @@ def main() -> int:
         val_bpb=f"{val_bpb}, {number_in('val_bpb', journey.log('moved'))}",
         resumed=re.findall("resuming.*", journey.log("gpu") + journey.log("moved")),
     )
-    wait_for(lambda: len(journey.losses("cpu")) == N_LOSS, cpu)
-    cpu.kill()
-    cpu.wait()
     losses = {root: journey.losses(root) for root in ("gpu", "cpu")}
     pairs = list(zip(losses["gpu"], losses["cpu"], strict=False))
     done["compared"] = len(pairs) == N_LOSS

@@ -24,6 +24,7 @@ FOLDER = Path(__file__).resolve().parent
 CHECKOUT = FOLDER.parent.parent
 WHEELS = CHECKOUT / "gpu-wheels"
 SITE = CHECKOUT / "build" / "gpu-site"
+TOY_TITLE = "A dry run: toy sizes on a CPU, whose numbers say nothing of a GPU.\n"
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,9 @@ def command(letter: str, options: argparse.Namespace, result: Path, seconds: flo
 
 def environment(options: argparse.Namespace) -> dict[str, str]:
     """Of every stage: this checkout and the wheels first, no network, no GPU in a dry run."""
+    paths = (str(CHECKOUT), str(SITE), os.environ.get("PYTHONPATH", ""))
     found = os.environ | {
-        "PYTHONPATH": os.pathsep.join((str(CHECKOUT), str(SITE))),
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "OMP_WAIT_POLICY": "passive",
         # A second call on the same machine compiles less.
         "TORCHINDUCTOR_CACHE_DIR": str(CHECKOUT / "build" / "gpu-inductor"),
@@ -150,9 +152,11 @@ def _end_group(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def carry_home(output: Path, work: Path, outcomes: dict[str, Outcome]) -> str:
+def carry_home(options: argparse.Namespace, work: Path, outcomes: dict[str, Outcome]) -> str:
     """Writes the three files that are taken home; returns the table."""
-    text = table({letter: STAGES[letter].name for letter in STAGES}, outcomes, ROWS)
+    output = options.output
+    text = TOY_TITLE if options.dry_run else ""
+    text += table({letter: STAGES[letter].name for letter in STAGES}, outcomes, ROWS)
     (output / "table.txt").write_text(text, encoding="utf-8")
     results = {STAGES[letter].name: vars(outcome) for letter, outcome in outcomes.items()}
     (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -210,7 +214,7 @@ def main() -> int:
             log = result.with_suffix(".log")
             outcomes[letter] = found = run_stage(words, log, result, seconds, variables)
             print(f"{letter} {name}: {found.status}, {found.seconds:.0f} s", flush=True)
-            text = carry_home(options.output, work, outcomes)
+            text = carry_home(options, work, outcomes)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     print(f"\n{text}", end="")
