@@ -118,21 +118,23 @@ def _draw_lines(axes: Axes, plot: Plot) -> None:
     if plot.y_name == "tokens_per_s":
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-    if plot.y_name == "multiplier":
-        _draw_multipliers(axes, plot)
+    if plot.x_name == "FLOPs" and plot.kind == "points":
+        _draw_rungs(axes, plot)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=plot.x_name == "layer"))
     x_label = f"training time, {unit}" if plot.x_name == "train_seconds" else NAMES[plot.x_name]
     axes.set(xlabel=x_label, ylabel=NAMES[plot.y_name])
 
 
-def _draw_multipliers(axes: Axes, plot: Plot) -> None:
-    """Compute on a logarithmic axis; each row is named where its last point is."""
-    axes.axhline(1, color=INK, linewidth=0.8)
+def _draw_rungs(axes: Axes, plot: Plot) -> None:
+    """Compute on a logarithmic axis; multipliers are named where the last one is."""
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0e}".replace("e+", "e")))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.15)
+    if plot.y_name != "multiplier":
+        return
+    axes.axhline(1, color=INK, linewidth=0.8)
     last = {series.row: series for series in plot.series}
     for series in last.values():
         axes.annotate(
