@@ -326,7 +326,9 @@ def print_plan(
         left = [job for job in jobs if job.name not in results]
         hours = sum(known.hours(runs, job) for job in left)
         total += hours
-        n_epoch = "-" if runs.corpus_tokens is None else f"{plan['tokens'] / runs.corpus_tokens:.2f}"
+        n_epoch = (
+            "-" if runs.corpus_tokens is None else f"{plan['tokens'] / runs.corpus_tokens:.2f}"
+        )
         per = plan["tokens"] / _matrix_parameters(runs.given_of(first.rung, first.arm))
         table.add_row(
             rung, arm, {"rung": "seeds"}.get(kind, kind), str(len(jobs)), str(len(jobs) - len(left)),

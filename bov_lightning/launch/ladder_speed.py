@@ -49,9 +49,7 @@ def measure(
     n_thread = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        steppers = [
-            _Stepper(runs.given_of(rung, arm).recipe, torch.device(device)) for arm in arms
-        ]
+        steppers = [_Stepper(runs.given_of(rung, arm).recipe, torch.device(device)) for arm in arms]
         times: list[list[float]] = [[] for _ in arms]
         for _ in range(n_round + 1):
             for stepper, taken in zip(steppers, times, strict=True):

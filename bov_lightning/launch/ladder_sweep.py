@@ -122,9 +122,7 @@ def sweep_ladder(runs: LadderRuns, options: LadderOptions, arguments: list[str])
         if failed:
             if results:
                 print(write_ladder_report(runs.ladder, folder))
-            raise UserError(
-                f"{failed}: see {runs.root}/*/sweep.log; the same command goes on"
-            )
+            raise UserError(f"{failed}: see {runs.root}/*/sweep.log; the same command goes on")
         if n_left:
             say(f"the time is up, {n_left} runs are left: the same command goes on")
     if results:

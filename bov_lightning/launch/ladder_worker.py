@@ -108,8 +108,8 @@ def _take(
     runs: LadderRuns, left: list[Job], folder: Path, deadline: float
 ) -> tuple[Job, tuple[float, float], int] | None:
     """The first run that can begin now: itself, its rates, and the lock that holds it."""
+    ended = read_results(folder)
     for job in left:
-        ended = read_results(folder)
         rates = runs.rates_of(job, list(ended.values()))
         if rates is None or _takes_too_long(job, ended, deadline):
             continue
@@ -123,9 +123,13 @@ def _take(
 
 
 def _takes_too_long(job: Job, ended: dict[str, Result], deadline: float) -> bool:
-    """Whether runs like it took longer than there is time."""
-    like = [r.seconds for r in ended.values() if r.rung == job.rung.name]
-    return bool(like) and time.time() + statistics.median(like) > deadline
+    """Whether runs of its rung, or of a lower one, took longer than there is time."""
+    seconds: dict[str, list[float]] = {}
+    for result in ended.values():
+        if result.flops <= 1.1 * job.rung.flops:
+            seconds.setdefault(result.rung, []).append(result.seconds)
+    longest = max(map(statistics.median, seconds.values()), default=0.0)
+    return time.time() + longest > deadline
 
 
 def _is_taken(runs: LadderRuns, job: Job) -> bool:

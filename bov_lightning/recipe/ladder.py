@@ -249,7 +249,9 @@ def _section(cls: type, data: Any, where: str, origin: str) -> Any:
         if key not in fields:
             here, known = f"{where}.{key}".lstrip("."), [f"{where}.{f}".lstrip(".") for f in fields]
             hint = nearest(here, known)
-            raise UserError(f"{origin}: unknown key {here}" + (f": did you mean {hint}?" * bool(hint)))
+            raise UserError(
+                f"{origin}: unknown key {here}" + (f": did you mean {hint}?" * bool(hint))
+            )
     for name, found in fields.items():
         missing = found.default is found.default_factory is dataclasses.MISSING
         if missing and name not in data:
@@ -275,8 +277,10 @@ def _check(ladder: Ladder) -> None:
     for rung in ladder.rungs:
         for key in ("sequence_len", "vocab_size", "value", "d_mlp"):
             if key in rung.config:
-                why = "arms decide that" if key in ("value", "d_mlp") else (
-                    "all rungs share one text, so set it in settings"
+                why = (
+                    "arms decide that"
+                    if key in ("value", "d_mlp")
+                    else ("all rungs share one text, so set it in settings")
                 )
                 raise UserError(f"rung {rung.name} has config.{key}: {why}")
     names, rungs = [arm.name for arm in ladder.arms], [rung.name for rung in ladder.rungs]

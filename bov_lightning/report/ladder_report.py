@@ -6,10 +6,17 @@ from pathlib import Path
 
 import numpy as np
 
+from bov_lightning.errors import UserError
 from bov_lightning.recipe.ladder import Ladder
 from bov_lightning.report.content import Cell, Column, Plot, Report, Section, Series, Table
-from bov_lightning.report.effective_compute import EffectiveCompute, Rung, effective_compute
+from bov_lightning.report.effective_compute import (
+    N_DRAW,
+    EffectiveCompute,
+    Rung,
+    effective_compute,
+)
 from bov_lightning.report.ladder_results import (
+    RUNS,
     Result,
     Speed,
     of_rungs,
@@ -28,10 +35,23 @@ TRAINED = "rung"
 class Study:
     """A ladder's file, and what was measured of it."""
 
-    def __init__(self, ladder: Ladder, results: Sequence[Result], speeds: Sequence[Speed]):
+    def __init__(
+        self, ladder: Ladder, results: Sequence[Result], speeds: Sequence[Speed] = (),
+        n_draw: int = N_DRAW,
+    ):  # fmt: skip
+        """
+        Args:
+            ladder: the file.
+            results: of all runs that have ended.
+            speeds: of the arms, for equal time.
+            n_draw: draws of which intervals are made.
+
+        Raises:
+            UserError: a run of the baseline without a number.
+        """
         refuse_a_baseline_without_numbers(ladder, results)
         names = [arm.name for arm in ladder.arms]
-        self.ladder, self.names = ladder, names
+        self.ladder, self.names, self.n_draw = ladder, names, n_draw
         self.results = [r for r in results if r.arm in names]
         self.speed = {(s.arm, s.rung): s.flops_per_second for s in speeds}
 
@@ -42,14 +62,18 @@ class Study:
 
     def missing(self, arm: str, rung: str) -> list[int]:
         """Seeds of the file without a run."""
-        return [s for s in self.ladder.seeds(arm, rung) if s not in of_rungs(self.results, arm, rung)]
+        return [
+            s for s in self.ladder.seeds(arm, rung) if s not in of_rungs(self.results, arm, rung)
+        ]
 
     def rungs_of(self, arm: str) -> dict[str, Rung]:
         """Where the arm was trained, for `effective_compute`."""
         found = {}
         for rung in self.ladder.rungs:
             if losses := self.losses(arm, rung.name):
-                flops = float(np.mean([r.flops for r in of_rungs(self.results, arm, rung.name).values()]))
+                flops = float(
+                    np.mean([r.flops for r in of_rungs(self.results, arm, rung.name).values()])
+                )
                 found[rung.name] = Rung(flops, losses, self.speed.get((arm, rung.name)))
         return found
 
@@ -67,7 +91,8 @@ class Study:
         if only is not None:
             base = {name: rung for name, rung in base.items() if name in only}
         shared = [name for name in base if name in ours]
-        found = effective_compute(list(base.values()), [ours.get(name) for name in base])
+        row = [ours.get(name) for name in base]
+        found = effective_compute(list(base.values()), row, self.n_draw)
         return found and (shared, found)
 
     def counted(self) -> tuple[list[str], list[str]]:
@@ -140,7 +165,10 @@ def write_ladder_report(ladder: Ladder, folder: Path) -> str:
     """
     from bov_lightning.report.page import WRITERS
 
-    study = Study(ladder, list(read_results(folder).values()), read_speeds(folder))
+    results = list(read_results(folder).values())
+    if not results:
+        raise UserError(f"{folder / RUNS} holds no runs: without --report they are trained")
+    study = Study(ladder, results, read_speeds(folder))
     report = make_ladder_report(study)
     for format, output in (("md", folder / "report.md"), ("html", folder / "report.html"),
                            ("png", folder)):  # fmt: skip
@@ -152,8 +180,7 @@ def make_ladder_report(study: Study) -> Report:
     """Everything that the ladder has to say."""
     ladder, verdict = study.ladder, study.verdict()
     sections = [
-        Section("Verdict", [ladder.hypothesis, *finding(study, verdict), *warnings(study)],
-                [_conditions(verdict), *_left_out(study)]),
+        Section("Verdict", [*finding(study, verdict), *warnings(study)], [_conditions(verdict), *_left_out(study)]),
         Section("Effective compute", [], _effective(study), _pairs(study)),
         Section("Bits per byte", [], [_losses(study), _gaps(study), *_curves(study)],
                 dict(enumerate(study.names))),
@@ -165,7 +192,7 @@ def make_ladder_report(study: Study) -> Report:
 
 
 def _headline(study: Study, verdict: Verdict) -> str:
-    return f"{verdict.word}: {study.ladder.hypothesis.rstrip('.')}"
+    return f"Verdict: {verdict.word}. Hypothesis: {study.ladder.hypothesis.rstrip('.')}"
 
 
 def finding(study: Study, verdict: Verdict) -> list[str]:
@@ -177,12 +204,14 @@ def finding(study: Study, verdict: Verdict) -> list[str]:
         found = study.compared(rules.arm, name)
         if found is None:
             continue
-        numbers = [f"{_short(r.equal_flops)} at {rung}" for rung, r in zip(found[0], found[1].rungs,
-                                                                         strict=True)]  # fmt: skip
+        numbers = [
+            f"{_short(r.equal_flops)} (at {rung})"
+            for rung, r in zip(found[0], found[1].rungs, strict=True)
+        ]
         parts.append(f"{name} would need {', '.join(numbers)} times the compute")
     if not parts:
         return [said]
-    return [f"For the loss that {rules.arm} reaches, {'; '.join(parts)}.", said]
+    return [f"For the loss that {rules.arm} reaches, {', and '.join(parts)}.", said]
 
 
 def _short(m: Estimate) -> str:
@@ -217,8 +246,7 @@ def _conditions(verdict: Verdict) -> Table:
         where = {"every": "every rung", "top": "top rung"}[c.rungs]
         if c.rule in ("slope_interval_reaches", "tuning_takes_multiplier_to"):
             where = "-"
-        words = c.rule.replace("_", " ")
-        return [of, f"{words} {c.number:g}", ", ".join(c.against), where, holds, checked.said]
+        return [of, checked.words, ", ".join(c.against), where, holds, checked.said]
 
     lines = [line("supported: all of", c) for c in verdict.supported]
     lines += [line("refuted: any of", c) for c in verdict.refuted]
@@ -410,7 +438,11 @@ def _tuning(study: Study) -> list[Table]:
             factors = [factor_on(ladder, results, arm, rung, tables) for tables in (False, True)]
             check = of_rungs(results, arm, rung.name, "check")
             ours = study.losses(arm, rung.name)
-            change = difference(ours, {s: r.val_bpb for s, r in check.items()}) if check and ours else None
+            change = (
+                difference(ours, {s: r.val_bpb for s, r in check.items()})
+                if check and ours
+                else None
+            )
             used.append([rung.name, arm, *factors, None if change is None else change.value])
     columns = [Column("rung"), Column("arm"), Column("all rates", ".3f"), Column("table_lr", ".3f"),
                Column("val bpb minus untuned", "+.4f")]  # fmt: skip
@@ -453,5 +485,3 @@ def _runs(study: Study) -> Table:
         for r in study.results
     ]  # fmt: skip
     return Table("runs", "Every run", columns, lines)
-
-

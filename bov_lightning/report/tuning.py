@@ -60,9 +60,11 @@ def tried(
         (r.rates, r.table_rates): r.val_bpb
         for r in results if (r.kind, r.arm, r.rung) == ("tuning", arm, rung)
     }  # fmt: skip
-    wanted = [(1.0, f) for f in {1.0, *tuning.table_factors}] if tables else [
-        (f, 1.0) for f in tuning.factors
-    ]
+    wanted = (
+        [(1.0, f) for f in {1.0, *tuning.table_factors}]
+        if tables
+        else [(f, 1.0) for f in tuning.factors]
+    )
     if any(pair not in found for pair in wanted):
         return None
     return best_factor({pair[tables]: found[pair] for pair in wanted})

@@ -7,6 +7,16 @@ from dataclasses import dataclass
 from bov_lightning.recipe.ladder import Condition, Rules
 from bov_lightning.report.statistics import Estimate
 
+WORDS = {
+    "multiplier_above": "multiplier above {}",
+    "interval_above": "whole interval above {}",
+    "slope_interval_reaches": "slope of the multiplier's logarithm not clearly below {}",
+    "interval_reaches_down_to": "interval reaches down to {}",
+    "multiplier_at_most": "multiplier {} or less",
+    "tuning_takes_multiplier_to": "tuning takes the multiplier to {} or less",
+}
+"""The rules of `Condition`, for people."""
+
 SUPPORTED, REFUTED, UNDECIDED = "supported", "refuted at this scale", "undecided"
 
 
@@ -45,6 +55,11 @@ class Checked:
     said: str
     """The numbers, in words."""
 
+    @property
+    def words(self) -> str:
+        """The condition, in words."""
+        return WORDS[self.condition.rule].format(f"{self.condition.number:g}")
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -63,13 +78,17 @@ class Verdict:
     def reason(self) -> str:
         """Why, in a sentence without its full stop."""
         if self.missing:
-            return f"not run yet: {', '.join(self.missing)}"
+            return f"not run yet: {'; '.join(self.missing)}"
         if self.word == REFUTED:
-            return "; ".join(c.said for c in self.refuted if c.holds)
+            return "; ".join(f"{c.words} ({c.said})" for c in self.refuted if c.holds)
         if self.word == SUPPORTED:
-            return "; ".join(c.said for c in self.supported)
-        unknown = [c.said for c in (*self.refuted, *self.supported) if c.holds is None]
-        return "; ".join(unknown or [c.said for c in self.supported if not c.holds])
+            return f"these hold: {'; '.join(c.words for c in self.supported)}"
+        for holds, what in ((None, "not known"), (False, "does not hold")):
+            found = [c for c in (*self.supported, *self.refuted * (holds is None))
+                     if c.holds is holds]  # fmt: skip
+            if found:
+                return "; ".join(f"{what}: {c.words} ({c.said})" for c in found)
+        return "there are no rules"
 
 
 def decide(rules: Rules, numbers: Numbers) -> Verdict:
@@ -84,8 +103,10 @@ def decide(rules: Rules, numbers: Numbers) -> Verdict:
     if not numbers.missing:
         if any(c.holds for c in refuted):
             word = REFUTED
-        elif supported and all(c.holds for c in supported) and not any(
-            c.holds is None for c in refuted
+        elif (
+            supported
+            and all(c.holds for c in supported)
+            and not any(c.holds is None for c in refuted)
         ):
             word = SUPPORTED
     return Verdict(word, supported, refuted, numbers.missing)
@@ -93,9 +114,7 @@ def decide(rules: Rules, numbers: Numbers) -> Verdict:
 
 def _check(condition: Condition, arm: str, numbers: Numbers, all_of: bool) -> Checked:
     found = [
-        (name, *each)
-        for name in condition.against
-        for each in _compared(condition, numbers, name)
+        (name, *each) for name in condition.against for each in _compared(condition, numbers, name)
     ]
     answers = [holds for _, holds, _ in found]
     holds = _all(answers) if all_of else _any(answers)

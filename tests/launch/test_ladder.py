@@ -1,17 +1,22 @@
 """`bov sweep --ladder`: tiny real runs, killed and continued, and every mistake in one line."""
 
 import csv
+import dataclasses
+import re
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
-from forks import Bov
+from forks import Bov, bov
+from ladder_material import result
 from runs import wait_for
 
 from bov_lightning.cli import main
-from bov_lightning.report.ladder_results import read_results
+from bov_lightning.errors import UserError
+from bov_lightning.recipe.ladder import read_ladder
+from bov_lightning.report.ladder_results import add_result
 
 CONDITION = {"number": 1.0, "against": ["standard"]}
 TINY = {
@@ -87,7 +92,9 @@ def test_a_ladder_that_was_killed_goes_on_and_what_is_finished_costs_nothing(lad
         assert 0 < float(row["val_bpb"]) < 10
         assert 0 < float(row["train_bpb"]) < 10
     # The rates that tuning found are those that were used.
-    factors = {row["rates"] for name, row in after.items() if row["kind"] == "rung" and "low" in name}
+    factors = {
+        row["rates"] for name, row in after.items() if row["kind"] == "rung" and "low" in name
+    }
     assert len(factors) == 1
     assert 0.5 <= float(factors.pop()) <= 2
 
@@ -100,3 +107,124 @@ def test_a_ladder_that_was_killed_goes_on_and_what_is_finished_costs_nothing(lad
     assert main(["sweep", "--ladder", str(ladder), "--report"]) == 0
 
 
+@pytest.mark.slow
+def test_the_time_limit_ends_it_and_the_same_command_goes_on(ladder):
+    command = ["sweep", "--ladder", str(ladder), "--flops-per-second", "1e9", "--jobs", "2"]
+    first = bov(*command, "--time-limit", "0.01", check=True, fork_children=True)
+    assert "the time is up, 8 runs are left" in first.stderr
+    assert not Path("runs.csv").exists()
+    bov(*command, check=True, fork_children=True)
+    assert list(lines(Path())) == NAMES
+
+
+def test_the_plan_says_what_it_costs_and_trains_nothing(ladder, capsys):
+    assert main(["sweep", "--ladder", str(ladder), "--dry-run", "--flops-per-second", "1e6"]) == 0
+    out = capsys.readouterr().out
+    # 4 x 4e8 and 4 x 8e8 FLOPs, but for whole steps.
+    hours = re.search(r"0 of 8 runs finished; about ([\d.]+) hours of one core left", out)
+    assert float(hours[1]) == pytest.approx(8 * 6e8 / 1e6 / 3600, rel=0.15)
+    assert not Path("runs").exists()
+    assert not Path("runs.csv").exists()
+
+
+def test_speeds_are_measured_of_all_arms_of_a_rung(ladder):
+    assert main(["sweep", "--ladder", str(ladder), "--speed"]) == 0
+    with open("speed.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["rung"], row["arm"]) for row in rows] == [("low", "standard"), ("low", "bov")]
+    assert all(float(row["flops_per_second"]) > 0 for row in rows)
+
+
+def changed(key: str, index: int, **values) -> dict:
+    items = [dict(item) for item in TINY[key]]
+    items[index] |= values
+    return {key: items}
+
+
+WIDER = {"model": {"config": {"value": {"source": "context"}, "n_layer": 4}}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (changed("rungs", 0, flops=9e8), "rungs are out of order: high (8e+08 FLOPs) comes after"),
+        (changed("rungs", 1, name="low"), "rungs: low is given twice"),
+        (changed("rungs", 1, config={"sequence_len": 64}), "all rungs share one text"),
+        (changed("rungs", 1, batch=100), "not divisible"),
+        (changed("rungs", 1, flop=1), "unknown key rungs[1].flop: did you mean rungs[1].flops?"),
+        (changed("arms", 1, values="other.yaml"),
+         "arm other (other.yaml) sets model.config.n_layer, but arms may differ in model.config."
+         "value and model.config.d_mlp alone"),
+        (changed("arms", 1, values="nothing"), "recipe values/nothing does not exist"),
+        (changed("arms", 1, seeds=[1]), "arm bov has seeds [1]: give a number for each of the 2"),
+        (changed("arms", 1, rates_of=None), "arm bov is not tuned: name it in tuning.arms"),
+        ({"baseline": "none"}, "baseline names none, but there are: standard, bov"),
+        ({"settings": {"model": {"confg": {}}}}, "unknown key model.confg"),
+        ({"hypothesis": None}, "hypothesis"),
+        ({"verdict": {"arm": "bov", "supported": [{"rule": "is_better"}]}},
+         "verdict.supported[0].number is missing"),
+        ({"verdict": {**TINY["verdict"], "arm": "standard"}}, "cannot be compared with itself"),
+        ({"tuning": {**TINY["tuning"], "factors": [0.5, 2]}}, "1 must be among them"),
+    ],
+)  # fmt: skip
+def test_mistakes_of_the_file_are_one_line(tiny_recipe, workplace, capsys, changes, message):
+    Path("other.yaml").write_text(yaml.safe_dump(WIDER))
+    path = write(workplace, **changes)
+    assert main(["sweep", "--ladder", str(path), "--dry-run", "--flops-per-second", "1"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--values", "bov"], "--values and --ladder: the ladder's file says what is trained"),
+        (["--config", "tiny.yaml"], "--config and --ladder"),
+        (["--rungs", "top"], "--rungs top: the rungs are low, high"),
+        (["--stop-at", "noon"], "--stop-at noon: give a time of day, such as 17:30"),
+        (["--time-limit", "0"], "--time-limit is 0.0: above 0"),
+        (["--model.config.d_model", "64"], "--model.config.d_model: "),
+        (["--output", "tiny.yaml"], "--output tiny.yaml is a file: --ladder writes a folder"),
+        (["--report"], "runs.csv holds no runs: without --report they are trained"),
+    ],
+)
+def test_mistakes_of_the_command_are_one_line(ladder, capsys, options, message):
+    assert main(["sweep", "--ladder", str(ladder), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer": "another"}, "holds runs of tokenizer"),
+        ({"device": "cuda"}, "holds runs of device"),
+    ],
+)
+def test_results_that_cannot_be_compared_are_refused(ladder, change, message):
+    of = read_ladder(ladder)
+    for seed, values in enumerate(({}, change)):
+        one = dataclasses.replace(result(of, "low", "standard", seed, 2.0), **values)
+        try:
+            add_result(Path(), one, [])
+        except UserError as error:
+            assert message in str(error)
+            break
+    else:
+        pytest.fail("they were mixed")
+
+
+def test_results_of_other_settings_or_another_text_are_refused(ladder, capsys):
+    of = read_ladder(ladder)
+    one = dataclasses.replace(result(of, "low", "standard", 0, 2.0), run=NAMES[1], kind="tuning")
+    add_result(Path(), one, [])
+    command = ["sweep", "--ladder", str(ladder), "--dry-run", "--flops-per-second", "1"]
+    assert main(command) == 2
+    assert f"{NAMES[1]} was trained otherwise than" in capsys.readouterr().err
+    Path("runs.csv").write_text("run,kind\nx,y\n")
+    assert main(command) == 2
+    assert "runs.csv line 2 is no line that bov sweep --ladder writes" in capsys.readouterr().err
