@@ -15,7 +15,8 @@ from rich.console import Console
 from bov_lightning.console import say
 from bov_lightning.distributed.preemption import Preempted
 from bov_lightning.errors import UserError
-from bov_lightning.launch.ladder import LadderRuns, costs, print_plan, too_many_epochs
+from bov_lightning.launch.ladder import LadderRuns
+from bov_lightning.launch.ladder_plan import costs, print_plan, too_many_epochs
 from bov_lightning.launch.sweep_here import STOP_SIGNALS, prepare_data, signals
 from bov_lightning.report.ladder_report import write_ladder_report
 from bov_lightning.report.ladder_results import read_results, read_speeds, write_speeds

@@ -295,7 +295,8 @@ def _check(ladder: Ladder) -> None:
             )
         _check_values(arm)
     tuning = ladder.tuning
-    mentioned = [("baseline", [ladder.baseline], names), ("verdict.arm", [ladder.verdict.arm], names),
+    mentioned = [("baseline", [ladder.baseline], names),
+                 ("verdict.arm", [ladder.verdict.arm], names),
                  ("verdict: against", ladder.verdict.controls, names),
                  ("speed.rungs", ladder.speed.rungs, rungs),
                  ("precision", list(ladder.precision), ["cpu", "cuda"])]  # fmt: skip

@@ -132,7 +132,7 @@ class Study:
         )  # fmt: skip
 
     def best(self, arm: str, rung: str) -> tuple[float, float] | None:
-        """Losses of an arm on a tuned rung at untuned rates and at the best ones that were found."""
+        """Losses of an arm on a tuned rung at untuned rates and at the best ones."""
         rates = tried(self.ladder, self.results, arm, rung, tables=False)
         if rates is None:
             return None
@@ -180,7 +180,8 @@ def make_ladder_report(study: Study) -> Report:
     """Everything that the ladder has to say."""
     ladder, verdict = study.ladder, study.verdict()
     sections = [
-        Section("Verdict", [*finding(study, verdict), *warnings(study)], [_conditions(verdict), *_left_out(study)]),
+        Section("Verdict", [*finding(study, verdict), *warnings(study)],
+                [_conditions(verdict), *_left_out(study)]),
         Section("Effective compute", [], _effective(study), _pairs(study)),
         Section("Bits per byte", [], [_losses(study), _gaps(study), *_curves(study)],
                 dict(enumerate(study.names))),
@@ -251,8 +252,8 @@ def _conditions(verdict: Verdict) -> Table:
     lines = [line("supported: all of", c) for c in verdict.supported]
     lines += [line("refuted: any of", c) for c in verdict.refuted]
     columns = [Column(x) for x in ("for", "condition", "against", "where", "holds", "numbers")]
-    return Table("conditions", "The rules, one by one", columns, lines,
-                 "The highest rung that was run with all arms and seeds is the top one.")  # fmt: skip
+    note = "The highest rung that was run with all arms and seeds is the top one."
+    return Table("conditions", "The rules, one by one", columns, lines, note)
 
 
 def _left_out(study: Study) -> list[Table]:
@@ -319,8 +320,9 @@ def _effective(study: Study) -> list[Table | Plot]:
     if trends:
         items.append(Table(
             "trend", "Does the gain last?",
-            [Column("arm"), Column("to"), Column("slope of log multiplier", "+.3f", estimates=True)],
-            trends, "Per e-fold of compute. An interval below zero: the gain shrinks with scale.",
+            [Column("arm"), Column("to"),
+             Column("slope of log multiplier", "+.3f", estimates=True)], trends,
+            "Per e-fold of compute. An interval below zero: the gain shrinks with scale.",
         ))  # fmt: skip
     items += [] if not series else [Plot(
         "multiplier", "Effective compute",
@@ -352,8 +354,8 @@ def _losses(study: Study) -> Table:
                 rung.name, arm, ", ".join(map(str, ours)), mean(list(ours.values())), off,
                 one.steps, one.tokens, one.flops, one.parameters, one.tables, one.epochs,
             ])  # fmt: skip
-    return Table("losses", "Bits per byte at the end", columns, lines,
-                 "95% intervals of the t distribution over seeds; differences are paired.")  # fmt: skip
+    note = "95% intervals of the t distribution over seeds; differences are paired."
+    return Table("losses", "Bits per byte at the end", columns, lines, note)
 
 
 def _gaps(study: Study) -> Table:
@@ -446,8 +448,8 @@ def _tuning(study: Study) -> list[Table]:
             used.append([rung.name, arm, *factors, None if change is None else change.value])
     columns = [Column("rung"), Column("arm"), Column("all rates", ".3f"), Column("table_lr", ".3f"),
                Column("val bpb minus untuned", "+.4f")]  # fmt: skip
-    found.append(Table("rates", "What was used", columns, used,
-                       "The last column is of the run that checks, where there is one."))  # fmt: skip
+    note = "The last column is of the run that checks, where there is one."
+    found.append(Table("rates", "What was used", columns, used, note))
     for control in ladder.verdict.controls:
         if (t := study.tuned(control)) is not None:
             found.append(Table(
@@ -469,8 +471,8 @@ def _cost(study: Study) -> Table:
                               sum(r.seconds for r in runs) / 3600])  # fmt: skip
     columns = [Column("rung"), Column("what"), Column("runs", ",d"), Column("FLOPs", ".2e"),
                Column("hours", ".3f")]  # fmt: skip
-    return Table("cost", "What it took", columns, lines,
-                 "Hours of all runs one after the other, though several shared a device.")  # fmt: skip
+    note = "Hours of all runs one after the other, though several shared a device."
+    return Table("cost", "What it took", columns, lines, note)
 
 
 def _runs(study: Study) -> Table:

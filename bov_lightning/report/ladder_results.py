@@ -187,10 +187,10 @@ def of_rungs(
 def refuse_a_baseline_without_numbers(ladder: Ladder, results: Sequence[Result]) -> None:
     """Multipliers are taken to it."""
     for result in results:
-        if result.arm == ladder.baseline and result.kind == "rung":
-            if not math.isfinite(result.val_bpb):
-                raise UserError(
-                    f"{result.run}, of the baseline, has val_bpb {result.val_bpb}: no multiplier "
-                    f"can be taken to it; remove its line from {RUNS} to train it again, with "
-                    "lower rates in the ladder's file"
-                )
+        counts = result.arm == ladder.baseline and result.kind == "rung"
+        if counts and not math.isfinite(result.val_bpb):
+            raise UserError(
+                f"{result.run}, of the baseline, has val_bpb {result.val_bpb}: no multiplier can "
+                f"be taken to it; remove its line from {RUNS} to train it again, with lower rates "
+                "in the ladder's file"
+            )
