@@ -273,7 +273,7 @@ def _left_out(study: Study) -> list[Table]:
 def _pairs(study: Study) -> dict[int, str]:
     """What the hypothesis compares, by the index of its colour."""
     rules = study.ladder.verdict
-    return {i: f"{rules.arm} to {name}" for i, name in enumerate(rules.controls)}
+    return {i: f"{rules.arm} against {name}" for i, name in enumerate(rules.controls)}
 
 
 def _effective(study: Study) -> list[Table | Plot]:
@@ -304,7 +304,7 @@ def _effective(study: Study) -> list[Table | Plot]:
     if not lines:
         return []
     columns = [
-        Column("arm"), Column("to"), Column("rung"), Column("FLOPs", ".2e"),
+        Column("arm"), Column("against"), Column("rung"), Column("FLOPs", ".2e"),
         Column("compute multiplier", ".3f", estimates=True),
         Column("at equal time", ".3f", estimates=True),
     ]  # fmt: skip
@@ -320,7 +320,7 @@ def _effective(study: Study) -> list[Table | Plot]:
     if trends:
         items.append(Table(
             "trend", "Does the gain last?",
-            [Column("arm"), Column("to"),
+            [Column("arm"), Column("against"),
              Column("slope of log multiplier", "+.3f", estimates=True)], trends,
             "Per e-fold of compute. An interval below zero: the gain shrinks with scale.",
         ))  # fmt: skip
