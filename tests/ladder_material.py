@@ -1,8 +1,9 @@
-"""Ladders and their results, made up for the tests of verdicts."""
+"""Ladders for tests: results of the preregistered one, made up, and a tiny one to train."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from conftest import REPOSITORY
 
 from bov_lightning.recipe.ladder import Ladder, read_ladder
@@ -73,3 +74,44 @@ def results(
                 found.append(result(of, name, arm, 0, LAW.loss(m * flops) + 0.02,
                                     table_rates=factor, kind="tuning"))  # fmt: skip
     return found
+
+
+CONDITION = {"number": 1.0, "against": ["standard"]}
+TINY = {
+    "name": "small",
+    "recipe": "tiny.yaml",
+    "hypothesis": "A bank is better.",
+    "baseline": "standard",
+    "precision": {"cpu": "32-true"},
+    "settings": {"checkpoint": {"every_steps": 2, "keep_last": 1}},
+    "rungs": [
+        {"name": "low", "flops": 4e8, "batch": 256, "micro": 4, "config": {"d_model": 32}},
+        {"name": "high", "flops": 8e8, "batch": 256, "micro": 4, "config": {"d_model": 48}},
+    ],
+    "arms": [
+        {"values": "standard", "seeds": [1, 1]},
+        {"values": "bov", "seeds": [1, 1], "rates_of": "standard"},
+    ],
+    "tuning": {
+        "rungs": ["low"], "arms": ["standard"], "rates": ["matrix_lr", "table_lr"],
+        "factors": [0.5, 1, 2], "table_factors": [], "limits": [0.5, 2], "check": "high",
+    },
+    "speed": {"rungs": ["low"], "rounds": 2},
+    "verdict": {
+        "arm": "bov",
+        "supported": [{"rule": "multiplier_above", **CONDITION}],
+        "refuted": [{"rule": "multiplier_at_most", **CONDITION, "rungs": "top"}],
+    },
+}  # fmt: skip
+NAMES = [
+    *(f"small-low-standard-rates{factor}-seed0" for factor in ("0.5", "1", "2")),
+    "small-low-standard-seed0", "small-low-bov-seed0", "small-high-standard-check-seed0",
+    "small-high-standard-seed0", "small-high-bov-seed0",
+]  # fmt: skip
+
+
+def write(folder: Path, **changes) -> Path:
+    """The tiny ladder, with other values for some of its keys."""
+    path = folder / "ladder.yaml"
+    path.write_text(yaml.safe_dump(TINY | changes, sort_keys=False))
+    return path

@@ -10,53 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 from forks import Bov, bov
-from ladder_material import result
+from ladder_material import NAMES, TINY, result, write
 from runs import wait_for
 
 from bov_lightning.cli import main
 from bov_lightning.errors import UserError
 from bov_lightning.recipe.ladder import read_ladder
 from bov_lightning.report.ladder_results import add_result
-
-CONDITION = {"number": 1.0, "against": ["standard"]}
-TINY = {
-    "name": "small",
-    "recipe": "tiny.yaml",
-    "hypothesis": "A bank is better.",
-    "baseline": "standard",
-    "precision": {"cpu": "32-true"},
-    "settings": {"checkpoint": {"every_steps": 2, "keep_last": 1}},
-    "rungs": [
-        {"name": "low", "flops": 4e8, "batch": 256, "micro": 4, "config": {"d_model": 32}},
-        {"name": "high", "flops": 8e8, "batch": 256, "micro": 4, "config": {"d_model": 48}},
-    ],
-    "arms": [
-        {"values": "standard", "seeds": [1, 1]},
-        {"values": "bov", "seeds": [1, 1], "rates_of": "standard"},
-    ],
-    "tuning": {
-        "rungs": ["low"], "arms": ["standard"], "rates": ["matrix_lr", "table_lr"],
-        "factors": [0.5, 1, 2], "table_factors": [], "limits": [0.5, 2], "check": "high",
-    },
-    "speed": {"rungs": ["low"], "rounds": 2},
-    "verdict": {
-        "arm": "bov",
-        "supported": [{"rule": "multiplier_above", **CONDITION}],
-        "refuted": [{"rule": "multiplier_at_most", **CONDITION, "rungs": "top"}],
-    },
-}  # fmt: skip
-NAMES = [
-    *(f"small-low-standard-rates{factor}-seed0" for factor in ("0.5", "1", "2")),
-    "small-low-standard-seed0", "small-low-bov-seed0", "small-high-standard-check-seed0",
-    "small-high-standard-seed0", "small-high-bov-seed0",
-]  # fmt: skip
-
-
-def write(folder: Path, **changes) -> Path:
-    """The tiny ladder, with other values for some of its keys."""
-    path = folder / "ladder.yaml"
-    path.write_text(yaml.safe_dump(TINY | changes, sort_keys=False))
-    return path
 
 
 @pytest.fixture
@@ -223,3 +183,25 @@ def test_results_of_other_settings_or_another_text_are_refused(ladder, capsys):
     Path("runs.csv").write_text("run,kind\nx,y\n")
     assert main(command) == 2
     assert "runs.csv line 2 is no line that bov sweep --ladder writes" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_has_a_line_without_a_number(tiny_recipe, workplace, capsys):
+    """For tuning it is as bad as can be; for the baseline the report is refused, in one line."""
+    rungs = [rung | {"flops": 2e8 * (i + 1)} for i, rung in enumerate(TINY["rungs"])]
+    tuning = TINY["tuning"] | {"factors": [1, 1e30], "limits": [1, 1e30], "check": None}
+    path = write(workplace, rungs=rungs, tuning=tuning)
+    command = ["sweep", "--ladder", str(path), "--flops-per-second", "1e9", "--rungs", "low"]
+    assert main(command) == 0
+    rows = lines(Path())
+    assert rows["small-low-standard-rates1e+30-seed0"]["val_bpb"] == "nan"
+    assert float(rows["small-low-standard-seed0"]["rates"]) == 1
+    assert "Diverged, and without a number" in Path("report.md").read_text()
+
+    text = Path("runs.csv").read_text()
+    Path("runs.csv").write_text(text.replace(rows["small-low-standard-seed0"]["val_bpb"], "nan"))
+    capsys.readouterr()
+    assert main([*command, "--report"]) == 2
+    error = capsys.readouterr().err
+    assert "small-low-standard-seed0, of the baseline, has val_bpb nan" in error
+    assert error.count("\n") == 1
