@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bov_lightning.errors import UserError
 from bov_lightning.planning.cost import make_plan
 from bov_lightning.recipe.budget import accumulation
@@ -17,7 +19,7 @@ from bov_lightning.recipe.ladder import Ladder, LadderArm, LadderRung
 from bov_lightning.recipe.overlays import find_recipe, merge, split_options
 from bov_lightning.recipe.sameness import plain
 from bov_lightning.report.ladder_results import Result
-from bov_lightning.report.tuning import factor_on
+from bov_lightning.report.tuning import DIGITS, factor_on
 
 FREE = ("run.root", "data", "trainer.accelerator", "checkpoint", "guard")
 """Keys that may be given beside the ladder's file: they change nothing that is measured."""
@@ -244,8 +246,13 @@ class LadderRuns:
                         f"{folder} holds runs of {name} {getattr(result, name)}, and here it would "
                         f"be {value}: they cannot be compared; give another --output"
                     )
-            rates = self.rates_of(job, list(results.values()))
-            if rates is None or self.fingerprint(self.given(job, rates)) != result.recipe:
+            used, rates = (
+                (result.rates, result.table_rates),
+                self.rates_of(job, [*results.values()]),
+            )
+            # Another machine's arithmetic may round a factor otherwise.
+            same = rates is not None and np.allclose(used, rates, rtol=0, atol=2 * 10.0**-DIGITS)
+            if not same or self.fingerprint(self.given(job, used)) != result.recipe:
                 raise UserError(
                     f"{folder}: {job.name} was trained otherwise than {self.ladder.path} says now: "
                     "give another --output, or remove its line from runs.csv to train it again"

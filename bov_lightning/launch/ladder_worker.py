@@ -162,6 +162,9 @@ def train(runs: LadderRuns, job: Job, rates: tuple[float, float]) -> Result:
         diverged = diverged or not math.isfinite(found.val_bpb)
         if not diverged and found.unfinished is not None:
             raise UserError(found.unfinished)
+        if given.recipe.compile:
+            # torch compiles no code for more than a few networks; what it made lies in its cache.
+            torch._dynamo.reset()
         train_bpb = math.nan if diverged else trained_bpb(given, plan["tokens"], runs.precision)
     validated, corpus = given.recipe.validation.tokens, runs.corpus_tokens
     return Result(

@@ -66,6 +66,16 @@ def test_a_ladder_that_was_killed_goes_on_and_what_is_finished_costs_nothing(lad
     assert Path("report.md").read_text() == report
     assert main(["sweep", "--ladder", str(ladder), "--report"]) == 0
 
+    # Of another tokenizer: nothing is added to them.
+    tokenizer = after[NAMES[0]]["tokenizer"]
+    text = Path("runs.csv").read_text().replace(tokenizer, "0123456789abcdef")
+    Path("runs.csv").write_text(text)
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "holds runs of tokenizer 0123456789abcdef, and the data given here has" in (
+        capsys.readouterr().err
+    )
+
 
 @pytest.mark.slow
 def test_the_time_limit_ends_it_and_the_same_command_goes_on(ladder):
