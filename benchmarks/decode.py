@@ -31,22 +31,13 @@ from bov_lightning.inference.sampling import Sampling
 from bov_lightning.model.cache import Cache
 from bov_lightning.model.config import TransformerConfig, ValueConfig
 from bov_lightning.model.counting import meta_model, with_standard_values
-<<<<<<< HEAD
-from bov_lightning.model.decode import attend_bank, attend_values
-from bov_lightning.model.ngrams import largest_prime, ngram_keys
-=======
 from bov_lightning.model.decode import attend_bank, attend_gathered, attend_values
->>>>>>> s7
+from bov_lightning.model.ngrams import largest_prime, ngram_keys
 from bov_lightning.model.transformer import Transformer
 
 BOV = ValueConfig("bank", "last_third", "learned")
-<<<<<<< HEAD
-NGRAM_ROWS = largest_prime(2**16)
-MODEL_135M = TransformerConfig(12, 6, 6, 768, VOCAB, 2048, "SSSL", value=BOV)
-MODEL_780M = TransformerConfig(24, 12, 12, 1536, VOCAB, 2048, "SSSL", value=BOV)
-=======
 VOCAB = 32768
->>>>>>> s7
+NGRAM_ROWS = largest_prime(2**16)
 
 
 @dataclass(frozen=True)
@@ -131,30 +122,21 @@ def one_layer(
         for _ in range(2)
     )
 
-<<<<<<< HEAD
     bigrams = ngram_keys(torch.stack((ids, ids.roll(1, dims=1)), dim=-1)) % NGRAM_ROWS + VOCAB
     row_ids = torch.cat((ids[..., None], bigrams), dim=-1)
-    wider = torch.cat((table, torch.randn(NGRAM_ROWS, N_HEAD * HEAD_DIM).to(dtype)))
+    rest = torch.empty(NGRAM_ROWS, n_head * head_dim, device=device, dtype=dtype).normal_()
+    wider = torch.cat((tables[0], rest))
 
-    def gather() -> None:
-        rows = F.embedding(ids, table).view(batch, context, N_HEAD, HEAD_DIM).transpose(1, 2)
-        F.scaled_dot_product_attention(query, key, rows)
-=======
     def gather(i: int) -> None:
         rows = F.embedding(ids, tables[i % len(tables)]).view(batch, context, n_head, head_dim)
         F.scaled_dot_product_attention(query, key[i], rows.transpose(1, 2))
->>>>>>> s7
 
     ways = {
         "cached": lambda i: F.scaled_dot_product_attention(query, key[i], value[i]),
         "cached_ours": lambda i: attend_values(query, key[i], value[i], None),
         "gather": gather,
-<<<<<<< HEAD
-        "bank": lambda: attend_bank(query, key, ids, table, None),
-        "ngram_bank": lambda: attend_bank(query, key, row_ids, wider, None, (1.0, 1.0)),
-=======
         "bank": lambda i: attend_bank(query, key[i], ids, tables[i % len(tables)], None),
->>>>>>> s7
+        "ngram_bank": lambda i: attend_bank(query, key[i], row_ids, wider, None, (1.0, 1.0)),
     }
 
     def layers(way: Callable[[int], object]) -> None:
@@ -264,12 +246,12 @@ def ratios_of(seconds: dict[str, float]) -> dict[str, float]:
     for name, value in seconds.items():
         kind, _, rest = name.partition("_")
         if kind == "layer" and rest.endswith("_bank"):
-            dtype, batch, context = rest.removesuffix("_bank").split("_")
+            dtype, batch, context, way = rest.split("_", 3)
             suffix = "" if dtype == "float32" else f"_{dtype}"
             suffix += "" if batch == "b1" else f"_{batch}"
             for other in ("cached", "gather", "cached_ours"):
                 theirs = seconds[f"layer_{dtype}_{batch}_{context}_{other}"]
-                found[f"bank_vs_{other}_{context}{suffix}"] = value / theirs
+                found[f"{way}_vs_{other}_{context}{suffix}"] = value / theirs
         if kind == "model" and rest.endswith("_bov"):
             batch, context = rest.removesuffix("_bov").split("_")
             suffix = "" if batch == "b1" else f"_{batch}"
@@ -375,35 +357,9 @@ def main() -> None:
     report("decode", settings | {"skipped": skipped}, seconds, ratios, bank_errors=errors,
            bytes_780m_32k=known_sizes, peak_mb=peak_memory_mb())  # fmt: skip
 
-<<<<<<< HEAD
-    sizes = cache_bytes(32768)
-    ratios = {
-        f"{bank}_vs_{other}_{context // 1024}k{suffix}": layer(bank, other, context, dtype)
-        for bank in ("bank", "ngram_bank")
-        for dtype, suffix in (("float32", ""), ("bfloat16", "_bfloat16"))
-        for other in ("cached", "gather", "cached_ours")
-        for context in options.context
-        if 1 in options.batch
-    } | {
-        **{
-            f"bov_vs_standard_{context // 1024}k": seconds[f"model_b1_{context // 1024}k_bov"]
-            / seconds[f"model_b1_{context // 1024}k_standard"]
-            for context in options.context
-            if 1 in options.batch
-        },
-        "cache_bytes_fraction_32k": sizes["ours"] / sizes["full_cache"],
-        "vs_llama": tokens_per_s("float32"),
-        "vs_llama_bfloat16": tokens_per_s("bfloat16"),
-        "vs_llama_with_prompt": seconds["float32_llama"] / seconds["float32_ours"],
-        "vs_llama_bfloat16_with_prompt": seconds["bfloat16_llama"] / seconds["bfloat16_ours"],
-    }
-    settings = {**vars(options), "threads": torch.get_num_threads(), "skipped": skipped}
-    report("decode", settings, seconds, ratios, bytes_780m_32k=sizes, peak_mb=peak_memory_mb())
-=======
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
->>>>>>> s7
 
 
 if __name__ == "__main__":
