@@ -108,15 +108,15 @@ def sweep_ladder(runs: LadderRuns, options: LadderOptions, arguments: list[str])
     if options.dry_run:
         return
     left = [job for job in runs.wanted_jobs() if job.name not in results]
-    if left and options.slurm_job is not None:
-        _submit(runs, options, arguments)
-        return
     if left:
         if runs.corpus_tokens is None:
             prepare_data(runs.text_arguments())
             for line in too_many_epochs(runs):
                 say(line)
             _check_text(runs, results, folder)
+        if options.slurm_job is not None:
+            _submit(runs, options, arguments)
+            return
         failed = _train(runs, options, arguments)
         results = read_results(folder)
         n_left = sum(job.name not in results for job in runs.wanted_jobs())
