@@ -119,8 +119,8 @@ class FixedCache(Cache):
 class StaticStep:
     """Steps of one new token per row, for a cache that any other steps may have filled.
 
-    On CUDA the first call captures the step, and every call replays it. The cache stays usable
-    as ever, in between and afterwards.
+    On CUDA it is captured when it is made, and every call replays it: with the weights that the
+    model has there. The cache stays usable as ever, in between and afterwards.
 
     Args:
         model: in eval mode, on the cache's device.
@@ -142,6 +142,9 @@ class StaticStep:
         self._advances = [True] * cache.batch_size
         self._graph: torch.cuda.CUDAGraph | None = None
         self._result: Tensor | None = None
+        if cache.device.type == "cuda":
+            with torch.no_grad(), torch.cuda.device(cache.device):
+                self._capture()
 
     @torch.no_grad()
     def __call__(self, token_ids_B1: Tensor, advances: list[bool] | None = None) -> Tensor:
@@ -160,8 +163,6 @@ class StaticStep:
         advances = [True] * cache.batch_size if advances is None else list(advances)
         after = self._checked(token_ids_B1, advances)
         fixed.take_over()
-        if cache.device.type == "cuda" and self._graph is None:
-            self._capture()
         self._ids_B1.copy_(moved(token_ids_B1, cache.device))
         if advances != self._advances:
             self._set_advances(advances)

@@ -30,6 +30,7 @@ from bov_lightning.model import (
     offload,
     prefill,
     transformer,
+    turned_keys,
     values,
 )
 from bov_lightning.model.lookup import class_path
@@ -38,9 +39,9 @@ from bov_lightning.text import lines
 from bov_lightning.version import __version__
 
 PARTS = (
-    errors, kinds, matmul, layers, lookup, config, attention, kernels, decode, ngrams, values,
-    loss_kernel, loss, offload, cache, transformer, prefill, hf_cache, hf_arguments, hf_vocabulary,
-    hf_model,
+    errors, kinds, matmul, layers, lookup, config, attention, kernels, decode, turned_keys, ngrams,
+    values, loss_kernel, loss, offload, cache, transformer, prefill, hf_cache, hf_arguments,
+    hf_vocabulary, hf_model,
 )  # fmt: skip
 """The files of the network, each after those that it imports."""
 

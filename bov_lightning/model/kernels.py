@@ -33,7 +33,7 @@ WARPS = 4
 
 if triton is not None:
     # Numbers that grow with the text are no constants of the compiled kernel: it is compiled once.
-    GROWING = ("ids_row", "mask_row", "n_past", "per_split", "n_split", "n_part")
+    GROWING = ["ids_row", "mask_row", "n_past", "per_split", "n_split", "n_part"]
 
     @triton.jit(do_not_specialize=GROWING)
     def attend_split(
@@ -96,7 +96,7 @@ if triton is not None:
         tl.store(parts + n_part * DIM + part, highest)
         tl.store(parts + n_part * (DIM + 1) + part, weight_sum)
 
-    @triton.jit(do_not_specialize=("n_split", "n_part"))
+    @triton.jit(do_not_specialize=["n_split", "n_part"])
     def join_parts(
         parts, out, n_split, n_part,
         DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
@@ -177,15 +177,17 @@ def _attend_in_parts(
     if weighted:
         weights = _on_device(row_weights, q_BHTD.device)
     block_d = triton.next_power_of_2(head_dim)
-    attend_split[(n_row * n_split, n_head)](
-        q_BHTD, k_BKSD, ids_BS, weights, values, seen_BS, parts,
-        *k_BKSD.stride()[:3], *strides, ids_BS.stride(0), seen_BS.stride(0),
-        n_past, per_split, n_split, n_bag * n_split, attention_scale(head_dim),
-        HEADS=n_head, GROUP=n_head // n_kv_head, DIM=head_dim, BLOCK_D=block_d, BLOCK=BLOCK_S,
-        ROWS=len(row_weights), WEIGHTED=weighted, MASKED=mask is not None, num_warps=WARPS,
-    )  # fmt: skip
-    join_parts[(n_bag,)](
-        parts, out, n_split, n_bag * n_split,
-        DIM=head_dim, BLOCK_D=block_d, BLOCK=BLOCK_PARTS, num_warps=WARPS,
-    )  # fmt: skip
+    # Triton launches where the current device is.
+    with torch.cuda.device_of(out):
+        attend_split[(n_row * n_split, n_head)](
+            q_BHTD, k_BKSD, ids_BS, weights, values, seen_BS, parts,
+            *k_BKSD.stride()[:3], *strides, ids_BS.stride(0), seen_BS.stride(0),
+            n_past, per_split, n_split, n_bag * n_split, attention_scale(head_dim),
+            HEADS=n_head, GROUP=n_head // n_kv_head, DIM=head_dim, BLOCK_D=block_d, BLOCK=BLOCK_S,
+            ROWS=len(row_weights), WEIGHTED=weighted, MASKED=mask is not None, num_warps=WARPS,
+        )  # fmt: skip
+        join_parts[(n_bag,)](
+            parts, out, n_split, n_bag * n_split,
+            DIM=head_dim, BLOCK_D=block_d, BLOCK=BLOCK_PARTS, num_warps=WARPS,
+        )  # fmt: skip
     return out

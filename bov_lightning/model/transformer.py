@@ -339,25 +339,20 @@ class Attention(nn.Module):
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (-1, self.head_dim))
 
-        def turn(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-            return rms_norm(rotate(x, *angles))
-
-        q_BTHD = turn(heads(self.query(inputs.x)), rotary)
-        k_BTKD = heads(self.key(inputs.x))
+        q_BTHD = rms_norm(rotate(heads(self.query(inputs.x)), *rotary))
         if self.value.reads_keys:
-            inputs = inputs._replace(key=k_BTKD.flatten(2))
+            # The norm of a key is that of it rotated.
+            plain_BTKD = rms_norm(heads(self.key(inputs.x)))
+            inputs = inputs._replace(key=plain_BTKD.flatten(2))
+            k_BTKD = rotate(plain_BTKD, *rotary)
+        else:
+            k_BTKD = rms_norm(rotate(heads(self.key(inputs.x)), *rotary))
         if past is None:
-            k_BTKD = turn(k_BTKD, rotary)
             value = self.value(inputs)
             v_BTKD = heads(value).to(q_BTHD.dtype)
             y_BHTD = attend(*(x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD)), mask)
         else:
-            if self.value.keeps_plain_keys:
-                plain_BSKD = past.keys.extend(k_BTKD).transpose(1, 2).to(q_BTHD.dtype)
-                angles = rotary_angles_at(past.span.key_positions, self.head_dim)
-                k_BKSD = turn(plain_BSKD, angles).transpose(1, 2)
-            else:
-                k_BKSD = past.keys.extend(turn(k_BTKD, rotary))
+            k_BKSD = None if self.value.keeps_keys else past.keys.extend(k_BTKD)
             q_BHTD = q_BTHD.transpose(1, 2)
             y_BHTD, value = self.value.attend_past(inputs, q_BHTD, k_BKSD, mask, past)
         return self.output(y_BHTD.transpose(1, 2).flatten(2)), value

@@ -20,6 +20,7 @@ from bov_lightning.model.decode import attend_bank, attend_values, sum_rows
 from bov_lightning.model.layers import Initialiser, Linear, rms_norm
 from bov_lightning.model.lookup import register, source_class
 from bov_lightning.model.ngrams import NO_KEY, largest_prime, ngram_keys
+from bov_lightning.model.turned_keys import attend_keys, turn_to_keep
 
 if TYPE_CHECKING:
     from bov_lightning.model.attention import Mask
@@ -50,7 +51,7 @@ class ValueInputs(NamedTuple):
     row_ids: Tensor
     """What `ValueSource.row_ids` made of them, (B, T) or (B, T, R)."""
     key: Tensor | None = None
-    """The layer's keys x W_K before rotation and norm, (B, T, V), where the source reads them."""
+    """The layer's normed keys before rotation, (B, T, V), where the source reads them."""
 
     @property
     def first_value(self) -> Tensor | None:
@@ -97,8 +98,8 @@ class ValueSource(nn.Module):
     a CUDA graph can replay them. False: its `forward` or `attend_past` reads numbers back
     (`.item()`, `nonzero`), or counts in Python."""
     reads_keys: ClassVar[bool] = False
-    """Whether values are made of the layer's keys. Without a value cache, decoding then keeps keys
-    as they are before rotation and norm, and each step rotates them."""
+    """Whether values are made of the layer's keys. Without a value cache the source then keeps the
+    keys itself: `attend_past` is given None for them."""
     optimizer_groups: ClassVar[dict[str, str | tuple[str, float]]] = {}
     """Optimizer group by parameter name, or (group, factor on its learning rate); a parameter that
     is not named is a Muon matrix."""
@@ -237,9 +238,9 @@ class FirstLayerValue(LayerValue, name="first_layer"):
 
 
 class KeyValue(ValueSource, name="key"):
-    """The layer's keys before rotation and norm, x W_K: neither a W_V nor a value cache.
+    """The layer's normed keys before rotation: neither a W_V nor a value cache.
 
-    "Q-K=V" of arXiv 2606.04032; Gemma 4's attention_k_eq_v, which norms them.
+    As Gemma 4's attention_k_eq_v, and "Q-K=V" of arXiv 2606.04032.
     """
 
     reads_token_ids = False
@@ -250,8 +251,11 @@ class KeyValue(ValueSource, name="key"):
         return inputs.key
 
     def attend_past(self, inputs, q_BHTD, k_BKSD, mask, past):
-        key_BTKD = inputs.key.unflatten(-1, (k_BKSD.shape[1], -1))
-        return attend_values(q_BHTD, k_BKSD, past.keys.extend(key_BTKD), mask)
+        span = past.span
+        key_BTKD = inputs.key.unflatten(-1, (-1, q_BHTD.shape[3]))
+        kept_BKSD = past.keys.extend(turn_to_keep(key_BTKD, span.step.positions_BT))
+        in_order = not (span.wraps or span.joins)
+        return attend_keys(q_BHTD, kept_BKSD, span.key_positions, mask, in_order)
 
     def vectors_read(self, n_past):
         return 0
@@ -489,8 +493,8 @@ class LayerValues(nn.Module):
         return self._source.reads_keys
 
     @property
-    def keeps_plain_keys(self) -> bool:
-        """Whether decoding keeps keys as they are before rotation and norm."""
+    def keeps_keys(self) -> bool:
+        """Whether decoding leaves the keys to the source."""
         return self.reads_keys and not self.value_cache
 
     def vectors_read(self, n_past: int) -> int:
@@ -518,8 +522,9 @@ class LayerValues(nn.Module):
         scale = self.constant if self.coefficient is None else self.coefficient
         y_BHTD = self._source.attend_past(inputs, q_BHTD, k_BKSD, mask, past)
         if self.coefficient is not None and len(scale) > 1:
-            n_kv_head, group = k_BKSD.shape[1], q_BHTD.shape[1] // k_BKSD.shape[1]
-            scale = scale.unflatten(0, (n_kv_head, 1, -1)).repeat_interleave(group, dim=0)
+            scale_KD = scale.unflatten(0, (-1, q_BHTD.shape[3]))
+            group = q_BHTD.shape[1] // len(scale_KD)
+            scale = scale_KD.repeat_interleave(group, dim=0)[:, None]
         return scale * y_BHTD, None
 
     def forward(self, inputs: ValueInputs) -> Tensor:

@@ -18,6 +18,7 @@ from variants import (
 from bov_lightning.errors import UserError
 from bov_lightning.model.config import TransformerConfig, ValueConfig
 from bov_lightning.model.counting import meta_model
+from bov_lightning.model.layers import rms_norm
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.model.values import ValueInputs
 
@@ -273,7 +274,8 @@ def test_values_of_keys_are_keys_without_rotation():
         (inputs[0].x, value)))  # fmt: skip
     model(token_ids(40))
     ((x, value),) = read
-    assert torch.equal(value, attention.value.coefficient * attention.key(x))
+    keys = rms_norm(attention.key(x))  # of one head
+    assert torch.equal(value, attention.value.coefficient * keys)
     assert attention.value.projection is None
     assert model.new_cache(1, 10).layers[5].values is None
 
