@@ -13,6 +13,7 @@ import gc
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -97,6 +98,17 @@ def captured(action: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
+def _captured_ones(actions: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """The actions as graphs; one that waits for the device cannot be captured, and is left out."""
+    graphs = {}
+    for name, action in actions.items():
+        try:
+            graphs[name] = waiting(captured(action), torch.device("cuda"))
+        except RuntimeError:
+            traceback.print_exc()
+    return graphs
+
+
 def one_layer(
     batch: int, context: int, dtype: torch.dtype, repeats: int, sizes: Sizes, device: torch.device
 ) -> dict[str, float]:
@@ -145,7 +157,7 @@ def one_layer(
 
     actions = {name: partial(layers, way) for name, way in ways.items()}
     if device.type == "cuda":
-        actions = {name: waiting(captured(action), device) for name, action in actions.items()}
+        actions = _captured_ones(actions)
     seconds = side_by_side(actions, repeats, sizes.at_least)
     found = {name: value / n_layer for name, value in seconds.items()}
     if device.type == "cuda" and batch == 1:
@@ -250,8 +262,9 @@ def ratios_of(seconds: dict[str, float]) -> dict[str, float]:
             suffix = "" if dtype == "float32" else f"_{dtype}"
             suffix += "" if batch == "b1" else f"_{batch}"
             for other in ("cached", "gather", "cached_ours"):
-                theirs = seconds[f"layer_{dtype}_{batch}_{context}_{other}"]
-                found[f"{way}_vs_{other}_{context}{suffix}"] = value / theirs
+                theirs = seconds.get(f"layer_{dtype}_{batch}_{context}_{other}")
+                if theirs is not None:
+                    found[f"{way}_vs_{other}_{context}{suffix}"] = value / theirs
         if kind == "model" and rest.endswith("_bov"):
             batch, context = rest.removesuffix("_bov").split("_")
             suffix = "" if batch == "b1" else f"_{batch}"
@@ -293,6 +306,7 @@ def main() -> None:
     seconds: dict[str, float] = {}
     errors: dict[str, float] = {}
     skipped: list[str] = []
+    failed: list[str] = []
 
     def keep(name: str, found: dict[str, float]) -> None:
         error = found.pop("bank_error", None)
@@ -301,16 +315,19 @@ def main() -> None:
         seconds.update({f"{name}_{way}": value for way, value in found.items()})
         print(name, {way: f"{1e3 * x:.4g}" for way, x in found.items()}, "ms", flush=True)
         if options.output:
-            known = {"seconds": seconds, "bank_errors": errors, "skipped": skipped}
-            known["ratios"] = ratios_of(seconds)
+            known = {"seconds": seconds, "ratios": ratios_of(seconds), "bank_errors": errors,
+                     "skipped": skipped, "failed": failed}  # fmt: skip
             options.output.write_text(json.dumps(known), encoding="utf-8")
 
     def try_and_keep(name: str, measure: Callable[[], dict[str, float]]) -> None:
-        """What does not fit into a GPU's memory is left out, and the rest goes on."""
+        """What does not fit into a GPU's memory is left out; after any fault the rest goes on."""
         try:
             keep(name, measure())
         except torch.OutOfMemoryError:
             skipped.append(name)
+        except Exception:
+            traceback.print_exc()
+            failed.append(name)
         if device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
@@ -356,6 +373,8 @@ def main() -> None:
     settings = {**vars(options), "output": None, "threads": torch.get_num_threads()}
     report("decode", settings | {"skipped": skipped}, seconds, ratios, bank_errors=errors,
            bytes_780m_32k=known_sizes, peak_mb=peak_memory_mb())  # fmt: skip
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import zipfile
 from types import ModuleType
 
 import pytest
@@ -95,6 +96,38 @@ def test_a_stage_out_of_time_keeps_what_it_has_found(run, tmp_path):
     assert (found.status, found.found) == ("out of time (0 s)", {"half": 1})
     found = run.run_stage(["false"], tmp_path / "x.log", tmp_path / "y", 60, dict(os.environ))
     assert (found.status, found.found) == ("failed (exit code 1)", {})
+
+
+@pytest.mark.slow
+def test_wheels_are_unpacked_once(run, tmp_path, monkeypatch):
+    """Without a network, beside the packages that are there; other wheels replace them."""
+    wheels, site = tmp_path / "wheels", tmp_path / "build" / "site"
+    monkeypatch.setattr(run, "WHEELS", wheels)
+    monkeypatch.setattr(run, "SITE", site)
+    run.install_wheels(tmp_path / "log")
+    assert not site.exists()
+    wheels.mkdir()
+
+    def add_wheel(name: str) -> None:
+        with zipfile.ZipFile(wheels / f"{name}-1.0-py3-none-any.whl", "w") as file:
+            info = f"{name}-1.0.dist-info"
+            file.writestr(f"{name}.py", "")
+            file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+                          "Requires-Dist: nowhere\n")  # fmt: skip
+            file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n"
+                          "Tag: py3-none-any\n")  # fmt: skip
+            file.writestr(f"{info}/RECORD", "")
+
+    add_wheel("first_of_them")
+    run.install_wheels(tmp_path / "log")
+    (site / "mark").touch()
+    run.install_wheels(tmp_path / "log")
+    assert {"first_of_them.py", "mark"} <= {path.name for path in site.iterdir()}
+    add_wheel("second_of_them")
+    run.install_wheels(tmp_path / "log")
+    found = {path.name for path in site.iterdir()}
+    assert {"first_of_them.py", "second_of_them.py"} <= found
+    assert "mark" not in found
 
 
 def test_table_has_numbers_beside_what_is_wanted(run):
