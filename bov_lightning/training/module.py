@@ -92,7 +92,8 @@ class BoVModule(pl.LightningModule):
             raise UserError(
                 f"value.source {self.config.value.source} learns from training text before a run "
                 f"begins, which {type(data).__name__} cannot show: use "
-                "data_modules.PackedDataModule, or set nothing that needs it"
+                "data_modules.PackedDataModule, or settings of the source that need none "
+                "(of ngram_bank, frequent: 0)"
             )
         rows = data.sample_rows(source.learns_from)
         self.model.learn(rows.to(self.model.embedding.weight.device))
