@@ -3,13 +3,25 @@
 Shapes: B batch, T new tokens, S tokens kept, V = n_kv_head * head_dim, R = rank.
 """
 
+from dataclasses import dataclass
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bov_lightning.kinds import Range
 from bov_lightning.model.attention import attend
 from bov_lightning.model.layers import Linear
 from bov_lightning.model.values import ValueSource
+
+
+@dataclass(frozen=True)
+class LowRankArgs:
+    """Settings: ``source_args`` of a recipe."""
+
+    rank: Annotated[int, Range(1, 65_536)] = 16
+    """Numbers per token."""
 
 
 class LowRankBank(ValueSource):
@@ -18,13 +30,14 @@ class LowRankBank(ValueSource):
     A bank of values whose table has R columns instead of V.
     """
 
-    rank = 16
+    args_class = LowRankArgs
     shareable = True
     value_cache = False
     optimizer_groups = {"table": "table"}
 
     def __init__(self, config):
         super().__init__(config)
+        self.rank = config.value.args.rank
         self.table = nn.Parameter(torch.empty(config.padded_vocab_size, self.rank))
         self.expand = Linear(self.rank, config.d_value)
 

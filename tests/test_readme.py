@@ -270,8 +270,9 @@ def test_links_lead_somewhere(name):
 
 def test_the_worked_example_is_the_one_that_is_tested():
     """value-sources.md shows the files that tests/variants.py runs through everything."""
-    (shown,) = blocks(PAGES["docs/value-sources.md"], "python")
-    assert shown == (REPOSITORY / "examples" / "low_rank_bank.py").read_text(encoding="utf-8")
+    shown = blocks(PAGES["docs/value-sources.md"], "python")
+    for name, text in zip(("low_rank_bank", "bigram_bank"), shown, strict=True):
+        assert text == (REPOSITORY / "examples" / f"{name}.py").read_text(encoding="utf-8")
     (overlay,) = blocks(PAGES["docs/value-sources.md"], "yaml")
     assert overlay == (REPOSITORY / "examples" / "low_rank_bank.yaml").read_text(encoding="utf-8")
 

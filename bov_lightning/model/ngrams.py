@@ -7,7 +7,7 @@ Shapes: B batch, T time, N = 1 + reach ids, the token's own first.
 """
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,21 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bov_lightning.model.config import TransformerConfig
-    from bov_lightning.model.values import ValueSource
 
 NOTHING = -1
 """In the place of ids before the first one of a row or of a document."""
 
 NO_KEY = 2**63 - 1
 """What no n-gram's key is, but one of 2^64; the largest of them all."""
+
+
+class Lookup(Protocol):
+    """Of a `ValueSource`, what is asked before the first layer runs."""
+
+    reach: int
+
+    def row_ids(self, ngrams: Tensor, positions: Tensor) -> Tensor:
+        """See `ValueSource.row_ids`."""
 
 
 class Tokens(NamedTuple):
@@ -38,13 +46,13 @@ class Tokens(NamedTuple):
     """(B, T) or (B, T, R), int64: the rows of a table that the token's value is made of."""
 
 
-def lookup_source(config: "TransformerConfig", blocks: "nn.ModuleList") -> "ValueSource":
-    """The source whose `reach` and `row_ids` hold for all layers: the first target layer's."""
+def lookup_source(config: "TransformerConfig", blocks: "nn.ModuleList") -> Lookup:
+    """The value source whose `Lookup` holds for all layers: the first target layer's."""
     return blocks[config.target_layers[0]].attention.value.source
 
 
 def look_up(
-    source: "ValueSource", ids_BT: Tensor, positions: Tensor, starts_BT: Tensor | None,
+    source: Lookup, ids_BT: Tensor, positions: Tensor, starts_BT: Tensor | None,
     before_BR: Tensor | None = None, document_start: int | None = None,
 ) -> Tokens:  # fmt: skip
     """The tokens with what `source` reads of them.
