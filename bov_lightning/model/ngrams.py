@@ -25,6 +25,15 @@ NO_KEY = 2**63 - 1
 """What no n-gram's key is, but one of 2^64; the largest of them all."""
 
 
+class Lookup(Protocol):
+    """Of a `ValueSource`, what is asked before the first layer runs."""
+
+    reach: int
+
+    def row_ids(self, ngrams: Tensor, positions: Tensor) -> Tensor:
+        """See `ValueSource.row_ids`."""
+
+
 class Tokens(NamedTuple):
     """The tokens of a forward pass as value sources see them."""
 
@@ -37,22 +46,13 @@ class Tokens(NamedTuple):
     """(B, T) or (B, T, R), int64: the rows of a table that the token's value is made of."""
 
 
-class LooksUp(Protocol):
-    """What of a value source is needed here: see `ValueSource`, which imports this file."""
-
-    reach: int
-
-    def row_ids(self, ngrams: Tensor, positions: Tensor) -> Tensor:
-        """Rows of a table."""
-
-
-def lookup_source(config: "TransformerConfig", blocks: "nn.ModuleList") -> LooksUp:
-    """The source whose `reach` and `row_ids` hold for all layers: the first target layer's."""
+def lookup_source(config: "TransformerConfig", blocks: "nn.ModuleList") -> Lookup:
+    """The value source whose `Lookup` holds for all layers: the first target layer's."""
     return blocks[config.target_layers[0]].attention.value.source
 
 
 def look_up(
-    source: LooksUp, ids_BT: Tensor, positions: Tensor, starts_BT: Tensor | None,
+    source: Lookup, ids_BT: Tensor, positions: Tensor, starts_BT: Tensor | None,
     before_BR: Tensor | None = None, document_start: int | None = None,
 ) -> Tokens:  # fmt: skip
     """The tokens with what `source` reads of them.
