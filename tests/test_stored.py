@@ -248,6 +248,8 @@ def test_export_and_import_repeat_themselves(stored):
         del config["transformers_version"]  # of whoever wrote it
     assert configs[0]["auto_map"].pop("AutoModel") == "modeling_bov.BoVModel"  # one class more
     assert configs[0].pop("d_mlp") is None  # a key that came later
+    later = {"source_args": {}, "gate_channels": 12, "gate_factor": 3.0, "gate_inputs": "x"}
+    assert {key: configs[0]["value"].pop(key) for key in later} == later
     assert configs[0] == configs[1]
     model, tokenizer = bov_lightning.load(RUN)
     back, _ = bov_lightning.load("back")

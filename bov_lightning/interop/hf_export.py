@@ -58,11 +58,11 @@ def export(path: str | Path, output: Path, dtype: torch.dtype = torch.float32) -
     refuse_filled(output)
     checkpoint = find_checkpoint(path)
     model, tokenizer = load_checkpoint(checkpoint, dtype=dtype)
-    _refuse_other_decoding(model, checkpoint)
     if found := not_finite(model.state_dict().items()):
         raise UserError(
             f"the weights of {checkpoint} are not finite: {found}; export another checkpoint"
         )
+    _refuse_other_decoding(model, checkpoint)
     special, ends = {}, {}
     if tokenizer is not None and (start := tokenizer.bos_token_id) is not None:
         # A document ends where the next one starts, whatever else ends a text.
