@@ -35,7 +35,8 @@ if triton is not None:
     # Numbers that grow with the text are no constants of the compiled kernel: it is compiled once.
     GROWING = ["ids_row", "mask_row", "n_past", "per_split", "n_split", "n_part"]
 
-    @triton.jit(do_not_specialize=GROWING)
+    # The first id or mask that a window reaches moves with every token.
+    @triton.jit(do_not_specialize=GROWING, do_not_specialize_on_alignment=["ids", "mask"])
     def attend_split(
         q, k, ids, weights, values, mask, parts,
         k_row, k_head, k_token, v_row, v_head, v_token, ids_row, mask_row,

@@ -57,13 +57,15 @@ class Recorder:
         self.kernel, self.kinds = kernel, set()
         options = getattr(kernel, "kwargs", None) or vars(kernel)
         self.growing = options["do_not_specialize"]
+        self.moving = options.get("do_not_specialize_on_alignment") or []
 
     def __getitem__(self, grid):
         def launch(*args, **constants):
             names = self.kernel.arg_names
             kinds = [
                 ("growing", name) if name in self.growing
-                else (name, x.dtype) if isinstance(x, torch.Tensor)
+                else (name, x.dtype, name in self.moving or x.data_ptr() % 16 == 0)
+                if isinstance(x, torch.Tensor)
                 # Triton compiles ones, and multiples of 16, apart.
                 else (name, type(x), x == 1, x % 16 == 0)
                 for name, x in zip(names, args, strict=False)
@@ -74,7 +76,7 @@ class Recorder:
         return launch
 
 
-def test_kernels_are_compiled_once_whatever_the_length_is(monkeypatch):
+def test_kernels_are_compiled_once_whatever_the_length_is(monkeypatch, device):
     recorders = [Recorder(kernels.attend_split), Recorder(kernels.join_parts)]
     monkeypatch.setattr(kernels, "attend_split", recorders[0])
     monkeypatch.setattr(kernels, "join_parts", recorders[1])
@@ -82,9 +84,11 @@ def test_kernels_are_compiled_once_whatever_the_length_is(monkeypatch):
     q, k = torch.randn(2, 2, 1, 16), torch.randn(2, 2, 260, 16)
     ids, table = torch.randint(0, 40, (2, 260)), torch.randn(40, 32)
     mask = torch.ones(2, 1, 1, 260, dtype=torch.bool)
+    q, k, ids, table, mask = (x.to(device) for x in (q, k, ids, table, mask))
     for n_past in (1, 2, 15, 16, 17, 64, 128, 259):
-        arguments = (q, k[:, :, :n_past], ids[:, :n_past], table)
-        for seen in (None, mask[..., :n_past]):
+        # The last so many, as a window has them.
+        arguments = (q, k[:, :, 260 - n_past :], ids[:, 260 - n_past :], table)
+        for seen in (None, mask[..., 260 - n_past :]):
             kernels.attend_fused(*arguments, seen)
     assert [len(recorder.kinds) for recorder in recorders] == [2, 1]
 
