@@ -33,10 +33,12 @@ from bov_lightning.model.cache import Cache
 from bov_lightning.model.config import TransformerConfig, ValueConfig
 from bov_lightning.model.counting import meta_model, with_standard_values
 from bov_lightning.model.decode import attend_bank, attend_gathered, attend_values
+from bov_lightning.model.ngrams import largest_prime, ngram_keys
 from bov_lightning.model.transformer import Transformer
 
 BOV = ValueConfig("bank", "last_third", "learned")
 VOCAB = 32768
+NGRAM_ROWS = largest_prime(2**16)
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,11 @@ def one_layer(
         for _ in range(2)
     )
 
+    bigrams = ngram_keys(torch.stack((ids, ids.roll(1, dims=1)), dim=-1)) % NGRAM_ROWS + VOCAB
+    row_ids = torch.cat((ids[..., None], bigrams), dim=-1)
+    rest = torch.empty(NGRAM_ROWS, n_head * head_dim, device=device, dtype=dtype).normal_()
+    wider = torch.cat((tables[0], rest))
+
     def gather(i: int) -> None:
         rows = F.embedding(ids, tables[i % len(tables)]).view(batch, context, n_head, head_dim)
         F.scaled_dot_product_attention(query, key[i], rows.transpose(1, 2))
@@ -141,6 +148,7 @@ def one_layer(
         "cached_ours": lambda i: attend_values(query, key[i], value[i], None),
         "gather": gather,
         "bank": lambda i: attend_bank(query, key[i], ids, tables[i % len(tables)], None),
+        "ngram_bank": lambda i: attend_bank(query, key[i], row_ids, wider, None, (1.0, 1.0)),
     }
 
     def layers(way: Callable[[int], object]) -> None:
@@ -250,13 +258,13 @@ def ratios_of(seconds: dict[str, float]) -> dict[str, float]:
     for name, value in seconds.items():
         kind, _, rest = name.partition("_")
         if kind == "layer" and rest.endswith("_bank"):
-            dtype, batch, context = rest.removesuffix("_bank").split("_")
+            dtype, batch, context, way = rest.split("_", 3)
             suffix = "" if dtype == "float32" else f"_{dtype}"
             suffix += "" if batch == "b1" else f"_{batch}"
             for other in ("cached", "gather", "cached_ours"):
                 theirs = seconds.get(f"layer_{dtype}_{batch}_{context}_{other}")
                 if theirs is not None:
-                    found[f"bank_vs_{other}_{context}{suffix}"] = value / theirs
+                    found[f"{way}_vs_{other}_{context}{suffix}"] = value / theirs
         if kind == "model" and rest.endswith("_bov"):
             batch, context = rest.removesuffix("_bov").split("_")
             suffix = "" if batch == "b1" else f"_{batch}"

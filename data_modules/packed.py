@@ -182,6 +182,15 @@ class PackedDataModule(CorpusDataModule):
                     + self.corpus.crop_advice(total_counts(self.manifest["shards"]["train"]))
                 )
 
+    def sample_rows(self, n_token: int) -> Tensor:
+        """About so many tokens of training rows, (N, T+1), int64, from the whole corpus.
+
+        The same whatever the seed, the ranks and the run's length are.
+        """
+        n_row = min(len(self.rows), -(-n_token // self.rows.row_len))
+        spread = np.linspace(0, len(self.rows) - 1, n_row).astype(np.int64)
+        return torch.from_numpy(self.rows.read(spread).astype(np.int64))
+
     def train_dataloader(self) -> TrainingRows:
         """The whole run, as one epoch."""
         trainer = self.trainer

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bov_lightning.recipe.annotations import dataclass_of
-from bov_lightning.recipe.explained import keys_of
+from bov_lightning.recipe.explained import SOURCE_ARGS, keys_of, settings_of_sources
 from bov_lightning.recipe.sections import Recipe
 from bov_lightning.text import lines
 
@@ -75,6 +75,9 @@ def keys() -> str:
     ]
     for key, cls in sections(Recipe):
         parts += [f"## {key or 'The whole recipe'}", cls.__doc__.strip(), _table(_rows(cls, key))]
+        if f"{key}.source_args" == SOURCE_ARGS:
+            for source, args in settings_of_sources():
+                parts += [f"`source_args` of `{source}`:", _table(_rows(args))]
     parts += [
         "## Classes that a recipe names",
         "Given as `class_path` and `init_args`. [Data](data.md) explains all but the last, "

@@ -38,16 +38,16 @@ class LowRankBank(ValueSource):
         return self.expand.weight.numel()
 
     def forward(self, inputs, projection):
-        return self.expand(F.embedding(inputs.token_ids, self.table))
+        return self.expand(F.embedding(inputs.row_ids, self.table))
 
     def reserve(self, past):
         """A token's value follows from its id: decoding keeps ids and no values."""
-        past.keep_token_ids()
+        past.keep_row_ids()
 
     def attend_past(self, inputs, q_BHTD, k_BKSD, mask, past):
         """Attends to the R numbers of each token, then expands what came out: W is linear."""
         n_kv_head, group = k_BKSD.shape[1], q_BHTD.shape[1] // k_BKSD.shape[1]
-        row_BSR = F.embedding(past.token_ids, self.table).to(q_BHTD.dtype)
+        row_BSR = F.embedding(past.row_ids, self.table).to(q_BHTD.dtype)
         row_BKSR = row_BSR[:, None].expand(-1, n_kv_head, -1, -1)
         mixed_BHTR = attend(q_BHTD, k_BKSD.to(q_BHTD.dtype), row_BKSR, mask)
         w_KDR = self.expand.weight.unflatten(0, (n_kv_head, -1)).to(q_BHTD.dtype)

@@ -3,6 +3,7 @@
 checkpoints/step-00000100/
     config.yaml          the resolved recipe (an import's: the model section alone)
     tokenizer/           a transformers tokenizer, where there is one
+    code/                the files of a value source of somebody's own, to be read by people
     weights/             safetensors, one file per rank that wrote; any number of ranks reads them
     optimizer/           the same for optimizer state and random states (absent in an import)
     training.pt          schedule, loops, data position (absent in an import)
@@ -28,6 +29,7 @@ OPTIMIZER = "optimizer"
 TRAINING = "training.pt"
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer"
+CODE = "code"
 
 
 def step_name(step: int) -> str:

@@ -37,10 +37,23 @@ def place(
         raise UserError(f"bank_device is {bank_device!r}: use cpu or mmap, or leave it out")
     if bank_device is not None:
         for name, module in model.named_modules():
-            if isinstance(module, BankOfValues):
+            if isinstance(module, BankOfValues) and _reads_as_bank(type(module)):
                 module.offload(_host_table(module, name, bank_device, device, dtype, files, prefix))
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(device=device, dtype=dtype, copy=True)
+        if model.grouped_parameters().get("table"):
+            raise UserError(
+                f"bank_device {bank_device}: value.source {model.config.value.source} keeps its "
+                "tables on the device; only a bank, or a class that inherits forward, attend_past "
+                "and all of its tables from BankOfValues, can leave them elsewhere"
+            )
+    for tensor in (*model.parameters(), *model.buffers()):
+        # Row numbers and the like are none that a dtype is meant for.
+        own = dtype if tensor.is_floating_point() else tensor.dtype
+        tensor.data = tensor.data.to(device=device, dtype=own, copy=True)
+
+
+def _reads_as_bank(cls: type[BankOfValues]) -> bool:
+    """Whether a class finds its rows where `BankOfValues.offload` has put them."""
+    return all(getattr(cls, x) is getattr(BankOfValues, x) for x in ("forward", "attend_past"))
 
 
 def _host_table(

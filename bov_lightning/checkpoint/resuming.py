@@ -25,8 +25,9 @@ State = dict[str, Tensor]
 
 
 def weights_of(model: nn.Module) -> State:
-    """The parameters by their name in `Transformer`; DTensors where they are sharded."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    """The parameters and buffers by their name in `Transformer`; DTensors where sharded."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor.detach() for name, tensor in tensors}
 
 
 def optimizer_state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:

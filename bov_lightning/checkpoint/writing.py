@@ -22,6 +22,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from bov_lightning.checkpoint.directory import (
+    CODE,
     CONFIG,
     OPTIMIZER,
     TOKENIZER,
@@ -169,9 +170,9 @@ class CheckpointWriter:
                 f"{free / 1e6:,.1f} MB are free"
             )
         (aside / CONFIG).write_text(self.config_yaml, encoding="utf-8")
-        tokenizer = self.run / TOKENIZER
-        if tokenizer.is_dir():
-            shutil.copytree(tokenizer, aside / TOKENIZER)
+        for name in (TOKENIZER, CODE):
+            if (self.run / name).is_dir():
+                shutil.copytree(self.run / name, aside / name)
         torch.save(rest, aside / TRAINING)
 
     def _save(self, target: Path, parts: dict[str, State]) -> dict[str, dict[str, int]]:

@@ -11,6 +11,7 @@ import torch
 
 from bov_lightning.errors import UserError
 from bov_lightning.inference.decoding import Decoding, TextStream
+from bov_lightning.inference.graph import StaticSteps, pays_static
 from bov_lightning.inference.loading import check_device, end_tokens, load
 from bov_lightning.inference.sampling import Sampling
 from bov_lightning.model.transformer import Transformer
@@ -96,8 +97,11 @@ def _prompt(line: str, where: str) -> str:
 
 def table_bytes(model: Transformer) -> int:
     """Bytes of a model's value tables, wherever they lie."""
-    banks = [module for module in model.modules() if isinstance(module, BankOfValues)]
-    return sum((bank.table if bank.host is None else bank.host).nbytes for bank in banks)
+    elsewhere = [
+        m.host for m in model.modules() if isinstance(m, BankOfValues) and m.host is not None
+    ]
+    on_device = model.grouped_parameters().get("table", [])
+    return sum(table.nbytes for table in (*on_device, *elsewhere))
 
 
 def generate(
@@ -126,10 +130,11 @@ def generate(
     ]
     statistics = Statistics(table_bytes=table_bytes(model))
     live = len(prompts) == 1 and not as_json
+    steps = StaticSteps(model) if pays_static(model.new_cache(1, 1)) else False
     for first in range(0, len(prompts), batch_size):
         batch = slice(first, first + batch_size)
         seeded = Sampling(**{**vars(sampling), "seed": sampling.seed + first})
-        decoding = Decoding(model, encoded[batch], seeded, max_context)
+        decoding = Decoding(model, encoded[batch], seeded, max_context, steps)
         if live:
             print(prompts[0], end="", flush=True)
         texts = _run(decoding, tokenizer, ends, statistics, live)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
 from bov_lightning.checkpoint.directory import TOKENIZER, find_checkpoint, read_marker
@@ -16,6 +17,7 @@ from bov_lightning.interop.hf_import import WEIGHTS, write_modelling_file
 from bov_lightning.interop.hf_model import AUTO_MAP, BoVConfig
 from bov_lightning.interop.hf_source import import_module
 from bov_lightning.model.config import TransformerConfig
+from bov_lightning.model.lookup import is_own, source_class
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.run.directory import RunDirectory
 from bov_lightning.version import __version__
@@ -23,6 +25,10 @@ from data_modules.tokenizer import own_settings, stored_tokenizer, write_tokeniz
 
 LOGIT_TOLERANCE = 1e-5
 """How far an export's fp32 logits may be from its source's."""
+
+CACHED_TOLERANCE = 1e-2
+"""How far fp32 logits of a text that is fed in pieces may be from those of the whole: rounding is a
+hundredth of it, what a wrong value does a hundred times as much."""
 
 
 def hf_config(shape: TransformerConfig, **more: Any) -> BoVConfig:
@@ -52,6 +58,7 @@ def export(path: str | Path, output: Path, dtype: torch.dtype = torch.float32) -
     refuse_filled(output)
     checkpoint = find_checkpoint(path)
     model, tokenizer = load_checkpoint(checkpoint, dtype=dtype)
+    _refuse_other_decoding(model, checkpoint)
     if found := not_finite(model.state_dict().items()):
         raise UserError(
             f"the weights of {checkpoint} are not finite: {found}; export another checkpoint"
@@ -93,16 +100,41 @@ def export(path: str | Path, output: Path, dtype: torch.dtype = torch.float32) -
 
 
 @torch.inference_mode()
+def _refuse_other_decoding(model: Transformer, checkpoint: Path) -> None:
+    """Refuses a value source that decodes other values than it trains with."""
+    source = source_class(model.config.value.source)
+    if model.head.weight.dtype != torch.float32:
+        if not is_own(source):
+            return
+        model, _ = load_checkpoint(checkpoint, dtype=torch.float32)
+    ids = _random_ids(model)
+    n_token = ids.shape[1]
+    half = n_token // 2
+    pieces = [n for n in (half, 1, 1, n_token - half - 2) if n > 0]
+    cache = model.new_cache(*ids.shape)
+    cached = torch.cat([model(x, cache=cache) for x in ids.split(pieces, dim=1)], dim=1)
+    if not (off := float((cached - model(ids)).abs().max())) <= CACHED_TOLERANCE:
+        raise UserError(
+            f"{checkpoint} decodes other logits than it was trained for, off by {off:.2g}: its "
+            f"value source {model.config.value.source} looks at more than decoding keeps"
+        )
+
+
+def _random_ids(model: Transformer) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    size = (2, min(2 * model.config.sequence_len, 256))
+    return torch.randint(0, model.config.vocab_size, size, generator=generator)
+
+
+@torch.inference_mode()
 def _difference(model: Transformer, directory: Path) -> float:
     """Largest difference of logits between a model and its export, whole and in cached pieces."""
     module = import_module(directory)
     found = module.BoVForCausalLM.from_pretrained(directory, dtype=model.head.weight.dtype).eval()
-    generator = torch.Generator().manual_seed(0)
-    size = (2, min(2 * model.config.sequence_len, 256))
-    ids = torch.randint(0, model.config.vocab_size, size, generator=generator)
+    ids = _random_ids(model)
     whole = (found(ids, use_cache=False).logits - model(ids)).abs().max()
     theirs = found(ids, use_cache=True).logits
-    ours = model(ids, cache=model.new_cache(*size))
+    ours = model(ids, cache=model.new_cache(*ids.shape))
     return max(float(whole), float((theirs - ours).abs().max()))
 
 

@@ -105,7 +105,7 @@ def import_hf(directory: Path, output: Path) -> TransformerConfig:
     stored, weights = read_export(directory)
     shape = stored.transformer_config()
     load_weights(meta_model(shape), weights, directory)
-    weights = {name: tensor.float() for name, tensor in weights.items()}
+    weights = {name: t.float() if t.is_floating_point() else t for name, t in weights.items()}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = None
         if (directory / "tokenizer.json").is_file():

@@ -26,9 +26,11 @@ from bov_lightning.model import (
     loss,
     loss_kernel,
     matmul,
+    ngrams,
     offload,
     prefill,
     transformer,
+    turned_keys,
     values,
 )
 from bov_lightning.model.lookup import class_path
@@ -37,8 +39,9 @@ from bov_lightning.text import lines
 from bov_lightning.version import __version__
 
 PARTS = (
-    errors, kinds, matmul, layers, lookup, config, attention, kernels, decode, values, loss_kernel,
-    loss, offload, cache, transformer, prefill, hf_cache, hf_arguments, hf_vocabulary, hf_model,
+    errors, kinds, matmul, layers, lookup, config, attention, kernels, decode, turned_keys, ngrams,
+    values, loss_kernel, loss, offload, cache, transformer, prefill, hf_cache, hf_arguments,
+    hf_vocabulary, hf_model,
 )  # fmt: skip
 """The files of the network, each after those that it imports."""
 
@@ -124,6 +127,24 @@ def _parts(source: type[ValueSource]) -> Iterator[tuple[str, str]]:
             yield source.__module__, _own_source(source)
 
 
+def _defined(code: str) -> set[str]:
+    """The names that a file defines at its top, imports left out."""
+    names: set[str] = set()
+    for node in ast.parse(code).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {x.id for t in targets for x in ast.walk(t) if isinstance(x, ast.Name)}
+    return names
+
+
+def check_exportable(source: type[ValueSource]) -> None:
+    """Raises a `UserError` where an export could not hold the file of a value source."""
+    if source.__module__ != values.__name__:
+        _own_source(source)
+
+
 def _own_source(source: type[ValueSource]) -> str:
     """The file of a value source from outside of the package, checked to fit into an export."""
     try:
@@ -155,6 +176,14 @@ def _own_source(source: type[ValueSource]) -> str:
                 f"file, so its module cannot have the line `{ast.unparse(node)}`; torch, the "
                 "standard library and `from bov_lightning... import NAME` of what belongs to the "
                 "network are possible"
+            )
+    taken = {name: part.__name__ for part in PARTS for name in _defined(inspect.getsource(part))}
+    for name in _defined(code):
+        if name in taken:
+            raise UserError(
+                f"{class_path(source)} cannot be exported: an export holds all of its code in one "
+                f"file, where {name} is what {taken[name]} defines: give it another name in "
+                f"{source.__module__}"
             )
     # Known by its path there too, in whatever file it then is.
     return f"{code}\n\n{source.__qualname__}.__module__ = {source.__module__!r}\n"

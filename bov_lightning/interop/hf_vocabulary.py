@@ -55,7 +55,10 @@ def resize_vocabulary(model: Transformer, vocab_size: int, as_mean: bool) -> Non
         else:
             size = config.padded_vocab_size - n_common
             rest = fresh[name].narrow(dimension, n_common, size).to(weight)
-        grown = torch.cat((kept, rest), dim=dimension)
+        # What a source has beside its entries per id comes after them.
+        own = old.padded_vocab_size
+        other = weight.narrow(dimension, own, weight.shape[dimension] - own)
+        grown = torch.cat((kept, rest, other), dim=dimension)
         setattr(module, leaf, nn.Parameter(grown, requires_grad=weight.requires_grad))
     for module, name, value in _numbers_that_change(model, old, config):
         setattr(module, name, value)

@@ -10,6 +10,7 @@ import numpy as np
 from bov_lightning.checkpoint.directory import step_of
 from bov_lightning.errors import UserError
 from bov_lightning.planning.cost import make_plan
+from bov_lightning.planning.own_source import try_own_source
 from bov_lightning.recipe.budget import accumulation
 from bov_lightning.recipe.data_module import data_section
 from bov_lightning.recipe.given import Given, read
@@ -17,6 +18,7 @@ from bov_lightning.recipe.overlays import find_recipe, read_yaml
 from bov_lightning.recipe.sameness import fixed_difference, plain
 from bov_lightning.report.reading import read_metrics
 from bov_lightning.run.directory import RunDirectory
+from bov_lightning.run.own_code import refuse_other_code
 
 
 class Measured(NamedTuple):
@@ -111,6 +113,7 @@ class Row:
         recipe = self.given.recipe
         batch, config = recipe.batch, recipe.model.config
         accumulation(batch.tokens, batch.micro, config.sequence_len, 1)
+        try_own_source(config)
         if not self.directory.config.is_file():
             return
         given = {name: plain(value) for name, value in vars(recipe).items()}
@@ -122,6 +125,8 @@ class Row:
                 f"{self.run} was trained with {key} {before!r}, not {now!r}: give the sweep "
                 "another --run.name"
             )
+        if recipe.resume != "changed_code":
+            refuse_other_code(self.directory, config.value.source)
         if self.step() > self.n_step:
             raise UserError(
                 f"{self.run} has trained {self.step()} steps, but the budget pays for "

@@ -25,23 +25,24 @@ def attention_scale(head_dim: int) -> float:
 
 
 def rotary_angles_at(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles at ``positions`` (...), each (..., D/2), fp32."""
+    """Cosine and sine of the rotary angles at ``positions`` (...), each (..., 1, D), fp32.
+
+    Of both halves of the head dimension; the sine carries the sign of each.
+    """
     channel = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
     frequency = 1.0 / (ROTARY_BASE ** (channel / head_dim))
     angle = positions.float()[..., None] * frequency
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1)[..., None, :], torch.cat((sin, -sin), dim=-1)[..., None, :]
 
 
 def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the halves of the head dimension against each other; keeps the dtype.
 
-    ``cos`` and ``sin`` are (T, D/2), or (B, T, D/2) where rows stand at different positions.
+    ``cos`` and ``sin`` are `rotary_angles_at` positions (T,), or (B, T) where rows stand at
+    different ones.
     """
-    cos, sin = (
-        torch.cat(halves, dim=-1).unsqueeze(-2).to(x_BTHD.dtype)
-        for halves in ((cos, cos), (sin, -sin))
-    )
-    return _Rotation.apply(x_BTHD, cos, sin)
+    return _Rotation.apply(x_BTHD, cos.to(x_BTHD.dtype), sin.to(x_BTHD.dtype))
 
 
 class _Rotation(torch.autograd.Function):

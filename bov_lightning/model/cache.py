@@ -1,12 +1,13 @@
-"""What decoding keeps of the past: keys, values where they have context, token ids.
+"""What decoding keeps of the past: keys, values where they have context, numbers of table rows.
 
 Every row of a batch has its own history, so rows may differ in length. A window's layers keep only
 what their window still sees, in a ring: position p lies in slot p modulo the ring's length.
 
 Shapes: B batch, T new tokens, S tokens that the new ones attend to, K key-value heads, D head
-dimension.
+dimension, R table rows per token.
 """
 
+from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,23 @@ from torch import Tensor
 
 from bov_lightning.errors import UserError
 from bov_lightning.model.config import TransformerConfig
-from bov_lightning.model.offload import BankRows, HostTable, Slots
+from bov_lightning.model.ngrams import NOTHING, Tokens, look_up, lookup_source, text_positions
+from bov_lightning.model.offload import BankRows, HostTable, Slots, moved
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+ROW_IDS, TOKEN_IDS, STARTS = "row_ids", "token_ids", "starts"
+"""Numbers of every token so far, in the order of the text: rows of value tables, ids, and whether
+it begins a document."""
+
+
+def on_device(numbers: list[int], device: torch.device) -> Tensor:
+    """Those numbers, (N,) int64; equal ones, as most are, are not even copied."""
+    if len(set(numbers)) == 1:
+        return torch.full((len(numbers),), numbers[0], dtype=torch.int64, device=device)
+    return moved(torch.tensor(numbers, dtype=torch.int64), device)
 
 
 class Step:
@@ -30,14 +44,29 @@ class Step:
         self.after = [old + new for old, new in zip(before, lengths, strict=True)]
         self.uniform = len(set(before)) == 1 and set(lengths) == {n_token}
         rows = before[:1] if self.uniform else before
-        self.before_B1 = torch.tensor(rows, device=device)[:, None]
+        self.before_B1 = on_device(rows, device)[:, None]
         self.positions_BT = self.before_B1 + torch.arange(n_token, device=device)
         """(1, T) where all rows stand at the same place."""
 
     @cached_property
     def length_column(self) -> Tensor:
         """(B, 1): new tokens of each row."""
-        return torch.tensor(self.lengths, device=self.device)[:, None]
+        return on_device(self.lengths, self.device)[:, None]
+
+    def last_of(self, before: Tensor, new: Tensor) -> Tensor:
+        """The last n of what each row has by now, padding left out: (B, n, ...).
+
+        Args:
+            before: (B, n, ...): the last n before this step.
+            new: (B, T, ...): what the step's tokens bring.
+        """
+        n = before.shape[1]
+        if self.uniform:
+            new = torch.cat((before, new), dim=1) if self.n_token < n else new
+            return new[:, new.shape[1] - n :]
+        index = self.length_column + torch.arange(n, device=self.device)
+        index = index.view(*index.shape, *[1] * (new.dim() - 2)).expand(-1, -1, *new.shape[2:])
+        return torch.cat((before, new), dim=1).gather(1, index)
 
 
 class Span:
@@ -47,9 +76,13 @@ class Span:
         self.reach = max_context if window is None else window
         self.capacity = min(self.reach + 1, max_context)
 
-    def begin(self, step: Step, token_ids: Tensor | None, document_start: int | None) -> None:
-        """Lays out one step: what will be read and in which order."""
-        self.step, self._token_ids, self._document_start = step, token_ids, document_start
+    def begin(self, step: Step, numbers: dict[str, Tensor]) -> None:
+        """Lays out one step: what will be read and in which order.
+
+        ``numbers`` are those that the cache keeps, (B, max_context) or (B, max_context, R).
+        """
+        self.step, self._numbers = step, numbers
+        self._numbers_of_keys: dict[str, Tensor] = {}
         start, end = max(step.before), max(step.after)
         self.wraps = end > self.capacity
         # A ring forgets old keys that the first of several new tokens still see: these attend to
@@ -57,7 +90,7 @@ class Span:
         # was not kept yet carries gradients.
         self.joins = start == 0 or (step.n_token > 1 and self.wraps)
         self.n_read = min(start if self.joins else end, self.capacity)
-        for name in ("key_positions", "mask", "token_ids"):
+        for name in ("key_positions", "mask"):
             self.__dict__.pop(name, None)
 
     @cached_property
@@ -76,38 +109,43 @@ class Span:
         if not self.wraps:
             return slot
         known = self.step.before if self.joins else self.step.after
-        last = torch.tensor(known[:1] if self.step.uniform else known, device=slot.device) - 1
+        last = on_device(known[:1] if self.step.uniform else known, slot.device) - 1
         return last[:, None] - (last[:, None] - slot) % self.capacity
 
     @cached_property
     def mask(self) -> Tensor | None:
         """(1 or B, 1, T, S) bool; None: one new token that sees all keys, or plain causal."""
-        step, start = self.step, self._document_start
+        step, starts = self.step, self._numbers.get(STARTS)
         sees_all = step.n_token == 1 and step.uniform
         causal = self.joins and self.n_read == 0 and step.n_token <= self.reach + 1
-        if (sees_all or causal) and start is None:
+        if (sees_all or causal) and starts is None:
             return None
         key_BTS = self.key_positions[:, None]
         distance = step.positions_BT[:, :, None] - key_BTS
         mask = (key_BTS >= 0) & (distance >= 0) & (distance <= self.reach)
-        if start is not None:
-            document = (self._token_ids == start).cumsum(1)
+        if starts is not None:
+            document = starts.cumsum(1)
             query = self._take(document, step.positions_BT)[:, :, None]
             mask = mask & (query == self._take(document, self.key_positions)[:, None])
         return mask[:, None]
 
     @staticmethod
     def _take(kept: Tensor, positions: Tensor) -> Tensor:
-        """``kept`` (B, max_context) at those positions of every row."""
+        """``kept`` (B, max_context) or (B, max_context, R) at those positions of every row."""
         positions = positions.clamp(0, kept.shape[1] - 1).expand(len(kept), -1)
+        if kept.dim() == 3:
+            positions = positions[..., None].expand(-1, -1, kept.shape[2])
         return kept.gather(1, positions)
 
-    @cached_property
-    def token_ids(self) -> Tensor:
-        """(B, S): token ids in the order of the keys."""
-        if not (self.wraps or self.joins):
-            return self._token_ids[:, : self.n_read]
-        return self._take(self._token_ids, self.key_positions)
+    def numbers(self, name: str) -> Tensor:
+        """(B, S) or (B, S, R): the cache's numbers of that name in the order of the keys."""
+        if name not in self._numbers_of_keys:
+            kept = self._numbers[name]
+            in_order = not (self.wraps or self.joins)
+            self._numbers_of_keys[name] = (
+                kept[:, : self.n_read] if in_order else self._take(kept, self.key_positions)
+            )
+        return self._numbers_of_keys[name]
 
     def write(self, kept_BKSD: Tensor, x_BTKD: Tensor) -> None:
         """Puts what the step brings into its slots."""
@@ -115,7 +153,7 @@ class Span:
         if not step.uniform:
             token, length = torch.arange(step.n_token), torch.tensor(step.lengths)[:, None]
             due = (token < length) & (token >= length - capacity)
-            rows, tokens = due.nonzero().to(step.device).unbind(1)
+            rows, tokens = moved(due.nonzero(), step.device).unbind(1)
             slots = (step.before_B1[rows, 0] + tokens) % capacity
             kept_BKSD[rows, :, slots] = x_BTKD[rows, tokens].to(kept_BKSD.dtype)
             return
@@ -171,26 +209,35 @@ class LayerCache:
         """Sets room aside for this layer's own values."""
         self.values = self.cache.new_store(self.span)
 
-    def keep_first_values(self) -> None:
-        """Sets room aside for the first layer's values in this layer's window, once per window."""
-        self.values = self.cache.first_values(self.span)
+    def keep_values_of(self, layer: int) -> None:
+        """Sets room aside for that layer's values in this layer's window, once per window."""
+        self.values = self.cache.values_of(layer, self.span)
+
+    def keep_row_ids(self) -> None:
+        """Sets room aside for what `ValueSource.row_ids` gives, once for all layers."""
+        self.cache.keep_row_ids()
+
+    @property
+    def row_ids(self) -> Tensor:
+        """(B, S) or (B, S, R), int64, in the order of the keys."""
+        return self.span.numbers(ROW_IDS)
 
     def keep_token_ids(self) -> None:
         """Sets room aside for the token ids, once for all layers."""
-        self.cache.keep_token_ids()
+        self.cache.keep_numbers(TOKEN_IDS, torch.int64)
 
     @property
     def token_ids(self) -> Tensor:
         """(B, S), int64, in the order of the keys."""
-        return self.span.token_ids
+        return self.span.numbers(TOKEN_IDS)
 
     def keep_rows(self, table: HostTable) -> None:
-        """Fetches the rows of new ids from a table outside of the device's memory."""
+        """Fetches the rows of `row_ids` from a table outside of the device's memory."""
         self.cache.keep_rows(table)
 
     def rows(self, table: HostTable) -> tuple[Tensor, Tensor]:
-        """The slots of `token_ids`, and the rows by slot."""
-        return self.cache.slots.on_device[self.token_ids], self.cache.rows[table].wait()
+        """The slots of `row_ids`, and the rows by slot."""
+        return self.cache.slots.on_device[self.row_ids], self.cache.rows[table].wait()
 
 
 class Cache:
@@ -216,13 +263,19 @@ class Cache:
         self._lengths = [0] * batch_size
         self._spans: dict[int | None, Span] = {}
         self.stores: list[Store] = []
-        self._first_values: dict[Span, Store] = {}
+        self._values_of: dict[tuple[int, Span], Store] = {}
         self.rows: dict[HostTable, BankRows] = {}
         self.slots: Slots | None = None
         self._whole = self.span(None)
-        self._token_ids: Tensor | None = None
+        self._source = lookup_source(config, blocks)
+        self._numbers: dict[str, Tensor] = {}
+        self._count_B1: Tensor | None = None
         if config.document_start is not None:
-            self.keep_token_ids()
+            self.keep_numbers(STARTS, torch.bool)
+            self._count_B1 = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
+        shape = (batch_size, self._source.reach)
+        self.previous_ids_BR = torch.full(shape, NOTHING, dtype=torch.int64, device=device)
+        """The last ids, as many as the values of the next token may depend on."""
         self.previous_B1C = torch.zeros(batch_size, 1, config.d_model, dtype=dtype, device=device)
         """The last token's normed embedding, which the smear mixes into the next; zero at first."""
         self.layers: list[LayerCache] = []
@@ -241,30 +294,40 @@ class Cache:
         self.stores.append(Store(span, torch.zeros(shape, dtype=self.dtype, device=self.device)))
         return self.stores[-1]
 
-    def first_values(self, span: Span) -> Store:
-        """The first layer's values within ``span``: its own store where its window is the same."""
-        first = self.layers[0]
-        if first.span is span:
-            return first.values
-        if span not in self._first_values:
-            self._first_values[span] = self.new_store(span)
-        return self._first_values[span]
+    def values_of(self, layer: int, span: Span) -> Store:
+        """A layer's values within ``span``: its own store where its window is the same."""
+        own = self.layers[layer]
+        if own.span is span:
+            return own.values
+        if (layer, span) not in self._values_of:
+            self._values_of[layer, span] = self.new_store(span)
+        return self._values_of[layer, span]
 
-    def keep_token_ids(self) -> None:
-        """Sets room aside for the ids, (B, max_context) int64; once."""
-        if self._token_ids is None:
-            shape = (self.batch_size, self.max_context)
-            self._token_ids = torch.zeros(shape, dtype=torch.int64, device=self.device)
+    def keep_numbers(self, name: str, dtype: torch.dtype, each: tuple[int, ...] = ()) -> None:
+        """Sets room aside for numbers of that name, (B, max_context, *each); once."""
+        if name not in self._numbers:
+            shape = (self.batch_size, self.max_context, *each)
+            self._numbers[name] = torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def keep_row_ids(self) -> None:
+        """Sets room aside for the rows that values are made of, as many as each token has."""
+        ids_11N = torch.zeros(1, 1, 1 + self._source.reach, dtype=torch.int64, device=self.device)
+        each = self._source.row_ids(ids_11N, ids_11N[..., 0]).shape[2:]
+        self.keep_numbers(ROW_IDS, torch.int64, tuple(each))
 
     def keep_rows(self, table: HostTable) -> None:
-        """Keeps the rows of seen ids on the device; once per table."""
+        """Keeps the rows of seen tokens on the device; once per table."""
         if self.slots is None:
-            self.slots = Slots(self.config.padded_vocab_size, self.device)
+            self.slots = Slots(table.n_row, self.device)
         if table not in self.rows:
             self.rows[table] = BankRows(table, self.dtype, self.device)
 
-    def begin(self, token_ids_BT: Tensor, lengths: Tensor | None) -> Tensor:
+    def begin(
+        self, token_ids_BT: Tensor, lengths: Tensor | None, starts_BT: Tensor | None
+    ) -> Tensor:
         """Starts a step; returns the positions of the new tokens, (1 or B, T).
+
+        ``starts_BT`` is True at tokens that begin a document; None: there are none.
 
         Raises:
             UserError: another batch size, no tokens, more than ``max_context`` of them, ids beyond
@@ -288,22 +351,52 @@ class Cache:
             )
         # Ids that were sampled are right, and reading them back would make a GPU wait.
         if n_token > 1 or token_ids_BT.device.type == "cpu":
-            low, high = (int(x) for x in token_ids_BT.aminmax())
-            if low < 0 or high >= self.config.vocab_size:
-                raise UserError(
-                    f"token id {low if low < 0 else high} is outside of the vocabulary of "
-                    f"{self.config.vocab_size}"
-                )
+            self.check_ids(token_ids_BT)
+        self._lay_out(step, token_ids_BT, starts_BT)
+        return step.positions_BT
+
+    def _lay_out(self, step: Step, token_ids_BT: Tensor, starts_BT: Tensor | None) -> None:
+        """What a step reads, and where what it brings goes."""
+        self._step = step
+        self.tokens = self._look_up(token_ids_BT, starts_BT)
+        self._fetch_rows()
+        for span in self._spans.values():
+            span.begin(step, self._numbers)
+        for name, new in self._new_numbers(starts_BT):
+            kept_B1SR = self._numbers[name].view(self.batch_size, 1, self.max_context, -1)
+            self._whole.write(kept_B1SR, new.reshape(*token_ids_BT.shape, 1, -1))
+
+    def _look_up(self, token_ids_BT: Tensor, starts_BT: Tensor | None) -> Tokens:
+        """The new tokens with what values read of them; remembers what the next ones need."""
+        step, before_BR, positions = self._step, self.previous_ids_BR, self._step.positions_BT
+        if starts_BT is not None:
+            positions = text_positions(positions, starts_BT, self._count_B1[:, 0])
+            self._count_B1 = step.last_of(self._count_B1, positions + 1)
+        if self._source.reach:
+            self.previous_ids_BR = step.last_of(before_BR, token_ids_BT).clone()
+        start = self.config.document_start
+        return look_up(self._source, token_ids_BT, positions, starts_BT, before_BR, start)
+
+    def _new_numbers(self, starts_BT: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+        """(name, (B, T, ...)) of the numbers that are kept."""
+        found = {ROW_IDS: self.tokens.row_ids, TOKEN_IDS: self.tokens.ids, STARTS: starts_BT}
+        return ((name, found[name]) for name in self._numbers)
+
+    def _fetch_rows(self) -> None:
+        """Begins to fetch the rows of the new tokens from tables that lie elsewhere."""
         if self.slots is not None:
-            new_ids = self.slots.admit(token_ids_BT)
+            new_ids = self.slots.admit(self.tokens.row_ids)
             for rows in self.rows.values():
                 rows.prefetch(new_ids)
-        for span in self._spans.values():
-            span.begin(step, self._token_ids, self.config.document_start)
-        if self._token_ids is not None:
-            self._whole.write(self._token_ids[:, None, :, None], token_ids_BT[:, :, None, None])
-        self._step = step
-        return step.positions_BT
+
+    def check_ids(self, token_ids_BT: Tensor) -> None:
+        """Refuses ids beyond the vocabulary; where they are on a GPU, this waits for it."""
+        low, high = torch.stack(token_ids_BT.aminmax()).tolist()
+        if low < 0 or high >= self.config.vocab_size:
+            raise UserError(
+                f"token id {low if low < 0 else high} is outside of the vocabulary of "
+                f"{self.config.vocab_size}"
+            )
 
     @property
     def masks(self) -> dict[int | None, Tensor | None]:
@@ -312,33 +405,38 @@ class Cache:
 
     def take_previous(self, x_BTC: Tensor) -> Tensor:
         """The normed embedding before each row's new tokens; keeps that of the last of them."""
-        previous, step = self.previous_B1C, self._step
-        if step.uniform:
-            last = x_BTC[:, -1:]
-        else:
-            index = (step.length_column - 1).clamp(min=0)[:, :, None].expand(-1, -1, x_BTC.shape[2])
-            last = torch.where(step.length_column[:, :, None] > 0, x_BTC.gather(1, index), previous)
-        self.previous_B1C = last.detach().to(previous.dtype, copy=True)
-        return previous.to(x_BTC.dtype)
+        previous_B1C = self.previous_B1C.to(x_BTC.dtype)
+        last_B1C = self._step.last_of(previous_B1C, x_BTC.detach())
+        self.previous_B1C = last_B1C.to(self.dtype, copy=True)
+        return previous_B1C
 
     def finish(self) -> None:
         """Counts the step's tokens."""
         self._lengths = self._step.after
-        self.lengths = torch.tensor(self._lengths, device=self.device)
+        self.lengths = on_device(self._lengths, self.device)
         for store in self.stores:
             store.release()
+
+    def clear(self) -> None:
+        """Forgets all texts; what a step sees of its room follows from the lengths."""
+        self._lengths = [0] * self.batch_size
+        self.lengths = torch.zeros_like(self.lengths)
+        self.previous_B1C = torch.zeros_like(self.previous_B1C)
+        self.previous_ids_BR = torch.full_like(self.previous_ids_BR, NOTHING)
+        if self._count_B1 is not None:
+            self._count_B1 = torch.zeros_like(self._count_B1)
 
     def pretend(self, token_ids_BT: Tensor) -> None:
         """Counts tokens as seen without computing anything for them, for benchmarks."""
         n_row, n_token = token_ids_BT.shape
-        self._lengths = [n_token] * n_row
-        self.lengths = torch.tensor(self._lengths, device=self.device)
-        if self._token_ids is not None:
-            self._token_ids[:, :n_token] = token_ids_BT
-        if self.slots is not None:
-            new_ids = self.slots.admit(token_ids_BT)
-            for rows in self.rows.values():
-                rows.prefetch(new_ids)
+        start = self.config.document_start
+        starts_BT = None if start is None else token_ids_BT == start
+        self._step = Step([0] * n_row, n_token, [n_token] * n_row, self.device)
+        self.tokens = self._look_up(token_ids_BT, starts_BT)
+        self._fetch_rows()
+        for name, new in self._new_numbers(starts_BT):
+            self._numbers[name][:, :n_token] = new
+        self.finish()
 
     def select(self, rows: "Tensor | list[int]", max_context: int | None = None) -> "Cache":
         """An independent cache whose row i continues this one's row ``rows[i]``.
@@ -355,8 +453,11 @@ class Cache:
         used = max(self._lengths)
         for source, copy in zip(self.stores, chosen.stores, strict=True):
             copy.kept[:, :, :used] = source.kept[index, :, :used]
-        if self._token_ids is not None:
-            chosen._token_ids[:, :used] = self._token_ids[index, :used]
+        chosen.previous_ids_BR = self.previous_ids_BR[index]
+        if self._count_B1 is not None:
+            chosen._count_B1 = self._count_B1[index]
+        for name, kept in self._numbers.items():
+            chosen._numbers[name][:, :used] = kept[index, :used]
         if self.slots is not None:
             chosen.slots = self.slots.copy()
             chosen.rows = {table: rows.copy() for table, rows in self.rows.items()}
@@ -380,9 +481,11 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything kept, token ids, the smear's state and fetched rows included."""
-        ids = 0 if self._token_ids is None else self._token_ids.nbytes
+        """Bytes of everything kept: numbers of rows, what of the last tokens the next one needs,
+        and fetched rows included."""
+        last = (self.previous_B1C, self.previous_ids_BR, self.lengths, self._count_B1)
+        tensors = [*self._numbers.values(), *(x for x in last if x is not None)]
         rows = sum(rows.nbytes for rows in self.rows.values())
         slots = 0 if self.slots is None else self.slots.on_device.nbytes
-        shared = ids + self.previous_B1C.nbytes + self.lengths.nbytes + rows + slots
+        shared = sum(x.nbytes for x in tensors) + rows + slots
         return sum(self.nbytes_per_layer) + shared

@@ -1,10 +1,10 @@
 """The shape of the network, as typed dataclasses that refuse impossible combinations when built."""
 
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
 
 from bov_lightning.errors import UserError
-from bov_lightning.kinds import Range, check_least
+from bov_lightning.kinds import Range, check_least, read_settings
 from bov_lightning.model.lookup import source_class
 
 LAYER_SETS = {
@@ -33,20 +33,40 @@ class ValueConfig:
     """The target layers: a named set, or a list of layer indices that starts at 0."""
 
     coefficient: Annotated[
-        Literal["learned", "gate"] | float, Range(-(10**6), 10**6, soft=True)
+        Literal["learned", "learned_per_channel", "gate"] | float,
+        Range(-(10**6), 10**6, soft=True),
     ] = 1.0
-    """What the source is multiplied by: one learned scalar per layer, an input-dependent gate per
-    key-value head, or a fixed number."""
+    """What the source is multiplied by: one learned scalar per layer, or one per value channel, an
+    input-dependent gate per key-value head, or a fixed number."""
 
     add_context: bool = False
     """Whether to add the source to x W_V instead of replacing it. A fixed number then multiplies
-    both terms; learned gives a*V + b*source (a starts at 1, b at 0); gate gives V + gate*source."""
+    both terms; learned gives a*V + b*source (a starts at 1, b at 0), learned_per_channel the same
+    by channel; gate gives V + gate*source."""
 
     shared: bool = False
     """Whether all target layers share one table (a bank, or a source of your own that can)."""
 
+    source_args: dict[str, Any] = field(default_factory=dict)
+    """Settings of the source, those that its class has; an overlay that names a source begins
+    anew."""
+
+    gate_channels: Annotated[int, Range(1, 2**20)] = 12
+    """With coefficient gate: how many channels of its inputs the gate reads, the first ones."""
+
+    gate_factor: Annotated[float, Range(above=0, most=10**6)] = 3.0
+    """With coefficient gate: gate = gate_factor * sigmoid(W inputs)."""
+
+    gate_inputs: Literal["x", "x_and_row"] = "x"
+    """With coefficient gate: what the gate reads: the normed residual stream, or that and the
+    source's value."""
+
     def __post_init__(self):
         source = source_class(self.source)
+        check_least(self, "value")
+        found = read_settings(source.args_class, self.source_args, "value.source_args")
+        # Spelled out, so that what stores a configuration stores the defaults of its day.
+        object.__setattr__(self, "source_args", asdict(found))
         if self.shared and not source.shareable:
             raise UserError(
                 f"value.shared needs a source with a table, such as bank, not {self.source}: "
@@ -59,6 +79,13 @@ class ValueConfig:
                 raise UserError(
                     "value.coefficient gate means V + gate*source: set add_context: true"
                 )
+        else:
+            for name in ("gate_channels", "gate_factor", "gate_inputs"):
+                if getattr(self, name) != getattr(ValueConfig, name):
+                    raise UserError(
+                        f"value.{name} is {getattr(self, name)}, but only coefficient: gate has a "
+                        f"gate, and coefficient is {self.coefficient}: leave it out"
+                    )
         if self.add_context and source.is_context:
             raise UserError("value.add_context would add context to itself: set add_context: false")
         if isinstance(self.layers, list):
@@ -68,8 +95,14 @@ class ValueConfig:
                 raise UserError(f"value.layers names a layer twice: {self.layers}")
             if 0 in self.layers and source.skips_first_layer:
                 raise UserError(
-                    f"value.layers holds 0, but {self.source} reads the value that layer 0 computes"
+                    f"value.layers holds 0, but {self.source} reads the value of a layer below: "
+                    "there is none below layer 0"
                 )
+
+    @property
+    def args(self) -> Any:
+        """``source_args`` as the source's own dataclass."""
+        return source_class(self.source).args_class(**self.source_args)
 
 
 @dataclass(frozen=True)
@@ -139,6 +172,8 @@ class TransformerConfig:
                 f"model.config.d_mlp like_bank is the control of a bank, so it needs standard "
                 f"values: set value.source: context, not {self.value.source}"
             )
+        source_class(self.value.source).check(self)
+        self._check_gate()
         if isinstance(self.value.layers, list):
             outside = [layer for layer in self.value.layers if not 0 <= layer < self.n_layer]
             if outside:
@@ -146,10 +181,25 @@ class TransformerConfig:
                     f"value.layers holds {outside[0]}, but the model has layers 0 to "
                     f"{self.n_layer - 1}"
                 )
+            lowest, read = min(self.value.layers), self.read_layer
+            if read is not None and lowest <= read:
+                raise UserError(
+                    f"value.layers holds {lowest}, but {self.value.source} reads the value that "
+                    f"layer {read} computes: target layers lie above it"
+                )
         elif not self.target_layers:
             raise UserError(
                 f"value.layers {self.value.layers} selects no layer of {self.n_layer} for source "
                 f"{self.value.source}: add layers or choose another set"
+            )
+
+    def _check_gate(self) -> None:
+        value = self.value
+        least = self.d_value if value.gate_inputs == "x_and_row" else self.d_model
+        if value.coefficient == "gate" and value.gate_channels > min(least, self.d_model):
+            raise UserError(
+                f"value.gate_channels is {value.gate_channels}, but what the gate reads has only "
+                f"{min(least, self.d_model)} channels"
             )
 
     @property
@@ -187,11 +237,16 @@ class TransformerConfig:
         return -(-self.vocab_size // 64) * 64
 
     @property
+    def read_layer(self) -> int | None:
+        """The layer whose value the source reads in the layers above it; None: of no layer."""
+        return source_class(self.value.source).reads_layer(self)
+
+    @property
     def target_layers(self) -> list[int]:
         """The layers whose values come from ``value.source``."""
         if isinstance(self.value.layers, list):
             return sorted(self.value.layers)
-        first = 1 if source_class(self.value.source).skips_first_layer else 0
+        first = 0 if self.read_layer is None else self.read_layer + 1
         is_target = LAYER_SETS[self.value.layers]
         return [layer for layer in range(first, self.n_layer) if is_target(layer, self.n_layer)]
 

@@ -1,11 +1,12 @@
 """Attention of one new token to a long past: read keys once, and as few values as possible.
 
-With context-free values, attention's output is an embedding bag over token ids weighted by the
-attention probabilities; since equal tokens have equal values, their weights can be summed first, so
-that at most |V| rows are read however long the past is.
+With values that are rows of a table, or weighted sums of R of them, attention's output is an
+embedding bag over row numbers weighted by the attention probabilities; since equal rows are equal
+values, their weights can be summed first, so that no row is read twice however long the past is.
 
 Shapes: B batch, S past tokens (the new one included), H query heads, K key-value heads, D head
-dimension, N table rows.
+dimension, N table rows, R rows per token. Row numbers are (B, S) where that is one, with weight 1,
+or (B, S, R).
 """
 
 from collections.abc import Callable
@@ -60,8 +61,39 @@ def weighted_rows(weight_BHS: Tensor, row_BHS: Tensor, table_ND: Tensor) -> Tens
     return bags.unflatten(0, weight_BHS.shape[:2])[:, :, None]
 
 
+def sum_rows(rows: Tensor, row_weights: tuple[float, ...] | None) -> Tensor:
+    """Values (..., V) of rows (..., R, V), each times its weight; of (..., V) without weights."""
+    if row_weights is None:
+        return rows
+    # One after the other: a product with the weights would be one more copy of all rows.
+    first, *others = rows.unbind(-2)
+    value = first if row_weights[0] == 1 else row_weights[0] * first
+    for row, weight in zip(others, row_weights[1:], strict=True):
+        value = value.add(row, alpha=weight)
+    return value
+
+
+def _of_rows(
+    weight_BHS: Tensor, row_ids: Tensor, row_weights: tuple[float, ...] | None
+) -> tuple[Tensor, Tensor]:
+    """Weights (B, H, S*R) and numbers (B, S*R) of the rows of which the past's values are made."""
+    if row_weights is None:
+        return weight_BHS, row_ids
+    weight_BHSR = torch.stack([weight * weight_BHS for weight in row_weights], dim=-1)
+    return weight_BHSR.flatten(2), row_ids.flatten(1)
+
+
 def attend_values(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask) -> Tensor:
-    """`attend` to kept values, faster for one new token per row on a CPU."""
+    """`attend` to kept values, faster for one new token per row on a CPU.
+
+    Under a mask on CUDA, one new token of a row takes the kernel that is split over the past, as
+    PyTorch's own is without one.
+    """
+    if q_BHTD.is_cuda and q_BHTD.shape[2] == 1 and mask is not None:
+        from bov_lightning.model.kernels import attend_kept, triton
+
+        if triton is not None:
+            return attend_kept(q_BHTD, k_BKSD, v_BKSD, mask)
     dense = v_BKSD.stride(0) == v_BKSD.stride(1) * v_BKSD.shape[1] and v_BKSD[0, 0].is_contiguous()
     if q_BHTD.shape[2] > 1 or q_BHTD.is_cuda or not dense:
         return attend(q_BHTD, k_BKSD.to(q_BHTD.dtype), v_BKSD.to(q_BHTD.dtype), mask)
@@ -77,36 +109,41 @@ def attend_values(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask) ->
 
 
 def attend_gathered(
-    q_BHTD: Tensor, k_BKSD: Tensor, token_ids_BS: Tensor, table: Tensor, mask: Mask
-) -> Tensor:
+    q_BHTD: Tensor, k_BKSD: Tensor, row_ids: Tensor, table: Tensor, mask: Mask,
+    row_weights: tuple[float, ...] | None = None,
+) -> Tensor:  # fmt: skip
     """The reference, and the way of several new tokens: copies the value of every past token."""
-    rows = F.embedding(token_ids_BS, table).unflatten(-1, (k_BKSD.shape[1], -1))
-    v_BKSD = rows.transpose(1, 2).to(q_BHTD.dtype)
+    values = sum_rows(F.embedding(row_ids, table), row_weights)
+    v_BKSD = values.unflatten(-1, (k_BKSD.shape[1], -1)).transpose(1, 2).to(q_BHTD.dtype)
     return attend(q_BHTD, k_BKSD.to(q_BHTD.dtype), v_BKSD, mask)
 
 
 def attend_bag(
-    q_BHTD: Tensor, k_BKSD: Tensor, token_ids_BS: Tensor, table: Tensor, mask: Mask
-) -> Tensor:
+    q_BHTD: Tensor, k_BKSD: Tensor, row_ids: Tensor, table: Tensor, mask: Mask,
+    row_weights: tuple[float, ...] | None = None,
+) -> Tensor:  # fmt: skip
     """One new token per row: an embedding bag over the past tokens."""
     n_kv_head, group = k_BKSD.shape[1], q_BHTD.shape[1] // k_BKSD.shape[1]
     weight_BHS = probabilities(q_BHTD, k_BKSD, None if mask is None else mask[:, 0])
+    weight_BHS, row_ids_BS = _of_rows(weight_BHS, row_ids, row_weights)
     head = torch.arange(n_kv_head, device=table.device).repeat_interleave(group)
-    row_BHS = token_ids_BS[:, None] * n_kv_head + head[:, None]
+    row_BHS = row_ids_BS[:, None] * n_kv_head + head[:, None]
     table_ND = table.view(-1, q_BHTD.shape[3])
     return weighted_rows(weight_BHS, row_BHS, table_ND).to(q_BHTD.dtype)
 
 
 def attend_summed(
-    q_BHTD: Tensor, k_BKSD: Tensor, token_ids_BS: Tensor, table: Tensor, mask: Mask
-) -> Tensor:
-    """One new token per row: sums the weights of equal tokens, then bags the distinct ones."""
+    q_BHTD: Tensor, k_BKSD: Tensor, row_ids: Tensor, table: Tensor, mask: Mask,
+    row_weights: tuple[float, ...] | None = None,
+) -> Tensor:  # fmt: skip
+    """One new token per row: sums the weights of equal rows, then bags the distinct ones."""
     n_head, head_dim, n_kv_head = q_BHTD.shape[1], q_BHTD.shape[3], k_BKSD.shape[1]
     weight_BHS = probabilities(q_BHTD, k_BKSD, None if mask is None else mask[:, 0])
+    weight_BHS, row_ids_BS = _of_rows(weight_BHS, row_ids, row_weights)
     head = torch.arange(n_kv_head, device=table.device).repeat_interleave(n_head // n_kv_head)
     table_ND = table.view(-1, head_dim)
     rows = []
-    for weight_HS, ids_S in zip(weight_BHS, token_ids_BS, strict=True):
+    for weight_HS, ids_S in zip(weight_BHS, row_ids_BS, strict=True):
         seen_N = torch.zeros(len(table), dtype=torch.bool, device=table.device)
         distinct = seen_N.index_fill_(0, ids_S, True).nonzero()[:, 0]
         summed_HN = weight_HS.new_zeros(n_head, len(table))
@@ -116,11 +153,11 @@ def attend_summed(
     return torch.cat(rows).to(q_BHTD.dtype)
 
 
-def best_way(n_token: int, n_past: int, n_vocab: int, on_cuda: bool = False) -> Callable:
-    """Which of these reads a bank: by the number of new tokens and by the length of the past.
+def best_way(n_token: int, n_read: int, n_row: int, on_cuda: bool = False) -> Callable:
+    """Which of these reads a table: by the number of new tokens and of rows that the past is.
 
-    From about |V| tokens on, so many are equal that summing their weights first saves more reads
-    than it costs. On CUDA one kernel does it all, where Triton is installed.
+    From about as many as the table has on, so many are equal that summing their weights first saves
+    more reads than it costs. On CUDA one kernel does it all, where Triton is installed.
     """
     if n_token > 1:
         return attend_gathered
@@ -129,12 +166,17 @@ def best_way(n_token: int, n_past: int, n_vocab: int, on_cuda: bool = False) -> 
 
         if triton is not None:
             return attend_fused
-    return attend_summed if n_past > n_vocab else attend_bag
+    return attend_summed if n_read > n_row else attend_bag
 
 
 def attend_bank(
-    q_BHTD: Tensor, k_BKSD: Tensor, token_ids_BS: Tensor, table: Tensor, mask: Mask
-) -> Tensor:
-    """Attention (B, H, T, D) to a past whose values are rows of ``table`` (N, K*D)."""
-    way = best_way(q_BHTD.shape[2], k_BKSD.shape[2], len(table), q_BHTD.is_cuda)
-    return way(q_BHTD, k_BKSD, token_ids_BS, table, mask)
+    q_BHTD: Tensor, k_BKSD: Tensor, row_ids: Tensor, table: Tensor, mask: Mask,
+    row_weights: tuple[float, ...] | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention (B, H, T, D) to a past whose values are made of rows of ``table`` (N, K*D).
+
+    ``row_weights``: what each of a value's R rows is multiplied by; None: it is one row.
+    """
+    n_read = k_BKSD.shape[2] * len(row_weights or (1.0,))
+    way = best_way(q_BHTD.shape[2], n_read, len(table), q_BHTD.is_cuda)
+    return way(q_BHTD, k_BKSD, row_ids, table, mask, row_weights)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bov_lightning.errors import UserError
 from bov_lightning.model.matmul import linear
 
 
@@ -71,6 +72,11 @@ class Initialiser:
     def __init__(self, seed: int, write: Callable[[Tensor, Tensor], None] = Tensor.copy_):
         """``write(parameter, whole)`` stores a tensor of the parameter's shape."""
         self.seed, self.write = seed, write
+        self._filled: set[int] = set()
+
+    def has_filled(self, tensor: Tensor) -> bool:
+        """Whether that very parameter or buffer has been filled."""
+        return id(tensor) in self._filled
 
     def stream(self, name: str) -> torch.Generator:
         """The random stream of that name."""
@@ -78,8 +84,14 @@ class Initialiser:
         return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
     def fill(self, parameter: Tensor, whole: Tensor) -> Tensor:
-        """Stores ``whole`` and returns it."""
+        """Stores ``whole``, which has the parameter's shape, and returns it."""
+        if whole.shape != parameter.shape:
+            raise UserError(
+                f"a parameter of shape {tuple(parameter.shape)} cannot be filled with numbers of "
+                f"shape {tuple(whole.shape)}"
+            )
         self.write(parameter, whole)
+        self._filled.add(id(parameter))
         return whole
 
     def constant(self, parameter: Tensor, value: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import sys
 
 from bov_lightning.errors import UserError
 
@@ -44,6 +45,24 @@ def import_module_of(path: str) -> None:
         ) from None
 
 
+def named_sources() -> dict[str, type]:
+    """The sources that come with the package, by name."""
+    if not _named:
+        importlib.import_module(BUILT_IN)
+    return _named
+
+
+def _known() -> dict[str, type]:
+    """All sources by name and by class path."""
+    # The last one of a path: a notebook may have run its cell again.
+    return {class_path(cls): cls for cls in _all} | named_sources()
+
+
+def is_own(cls: type) -> bool:
+    """Whether a source is somebody's own: not of this package."""
+    return not cls.__module__.startswith(f"{BUILT_IN.partition('.')[0]}.")
+
+
 def source_class(name: str) -> type:
     """The `ValueSource` of that name, or of that class path.
 
@@ -54,21 +73,30 @@ def source_class(name: str) -> type:
     Raises:
         UserError: an unknown name, with the known ones, or a class that is not imported.
     """
-    if not _named:
-        importlib.import_module(BUILT_IN)
-    module, _, _ = name.rpartition(".")
+    named = named_sources()
+    module, _, own = name.rpartition(".")
     if module and module in os.environ.get(TRUSTED, "").split(","):
-        import_module_of(name)
-    # The last one of a path: a notebook may have run its cell again.
-    sources = {class_path(cls): cls for cls in _all} | _named
+        try:
+            import_module_of(name)
+        except UserError:
+            # The file of an exported model has the class, wherever its module is.
+            if name not in _known():
+                raise
+    sources = _known()
     if name in sources:
         return sources[name]
+    if module in sys.modules:
+        there = [x.rpartition(".")[2] for x in sources if x.rpartition(".")[0] == module]
+        raise UserError(
+            f"value.source {name}: module {module} has no value source {own}; it has "
+            f"{', '.join(there) or 'none'}"
+        )
     if module:
         raise UserError(
             f"value.source {name} is not imported: a recipe of yours that names it imports it, a "
             f"checkpoint does not; if you trust that module, set {TRUSTED}={module}"
         )
     raise UserError(
-        f"value.source {name!r} is unknown: use one of {', '.join(_named)}, or the class path of "
+        f"value.source {name!r} is unknown: use one of {', '.join(named)}, or the class path of "
         "a source of your own"
     )

@@ -1,8 +1,8 @@
-"""Value tables that stay out of the device's memory: only the rows of a batch's ids come to it.
+"""Value tables that stay out of the device's memory: only the rows of a batch's tokens come to it.
 
-Token ids are known before the first layer runs, so that a thread fetches the rows of new ids while
-earlier layers compute; on CUDA the copy runs on a stream of its own. The rows live with the cache,
-in the order in which their ids first appeared: an id's *slot*.
+Which rows these are is known before the first layer runs, so that a thread fetches the new ones
+while earlier layers compute; on CUDA the copy runs on a stream of its own. The rows live with the
+cache, in the order in which they were first needed: a row's *slot*.
 """
 
 import os
@@ -17,6 +17,13 @@ MIN_SLOTS = 256
 """Room for rows is doubled from here on."""
 
 _threads = ThreadPoolExecutor(1, thread_name_prefix="value-rows")
+
+
+def moved(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's, on ``device``; the host waits for no GPU, as it would unpinned."""
+    if device.type != "cuda" or host.device.type == "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 class HostTable(Protocol):
@@ -70,28 +77,29 @@ class FileTable:
 
 
 class Slots:
-    """Which ids a cache has seen, and the slot of each; shared by its banks."""
+    """Which rows a cache has needed, and the slot of each; shared by its banks."""
 
-    def __init__(self, n_vocab: int, device: torch.device):
-        self.slot_of_id = torch.full((n_vocab,), -1)
+    def __init__(self, n_row: int, device: torch.device):
+        self.slot_of_row = torch.full((n_row,), -1)
         self.device = device
-        self.on_device = self.slot_of_id.to(device, copy=True)
+        self.on_device = self.slot_of_row.to(device, copy=True)
         self.n_used = 0
 
-    def admit(self, token_ids_BT: Tensor) -> Tensor:
-        """Gives new ids a slot each; returns these ids, in the order of their slots, on the CPU."""
-        ids = token_ids_BT.cpu().unique()
-        new = ids[self.slot_of_id[ids] < 0]
+    def admit(self, row_ids: Tensor) -> Tensor:
+        """Gives new rows a slot each; returns them, in the order of their slots, on the CPU."""
+        rows = row_ids.cpu().unique()
+        new = rows[self.slot_of_row[rows] < 0]
         slots = torch.arange(self.n_used, self.n_used + len(new))
-        self.slot_of_id[new] = slots
-        self.on_device[new.to(self.device)] = slots.to(self.device)
+        self.slot_of_row[new] = slots
+        if len(new):
+            self.on_device[moved(new, self.device)] = moved(slots, self.device)
         self.n_used += len(new)
         return new
 
     def copy(self) -> "Slots":
         """An independent copy."""
         other = Slots(0, self.device)
-        other.slot_of_id, other.on_device = self.slot_of_id.clone(), self.on_device.clone()
+        other.slot_of_row, other.on_device = self.slot_of_row.clone(), self.on_device.clone()
         other.n_used = self.n_used
         return other
 
@@ -107,7 +115,7 @@ class BankRows:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def prefetch(self, ids_N: Tensor) -> None:
-        """Starts to fetch the rows of ids that were just admitted."""
+        """Starts to fetch rows that were just admitted."""
         self.wait()
         if len(ids_N):
             self._pending = _threads.submit(self._fetch, ids_N)
@@ -141,6 +149,10 @@ class BankRows:
         other = BankRows(self.table, self.dtype, self.device)
         other._rows = self.wait().clone()
         other._n_used = self._n_used
+        if other._stream is not None:
+            # The copy's own stream reads these rows next, and may be the last that does.
+            other._stream.wait_stream(torch.cuda.current_stream(self.device))
+            other._rows.record_stream(other._stream)
         return other
 
     @property

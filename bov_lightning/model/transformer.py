@@ -3,7 +3,7 @@
 Shapes: B batch, T time, C = d_model, V = padded vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bov_lightning.errors import UserError
 from bov_lightning.model.attention import (
     Mask,
     attend,
@@ -22,7 +23,8 @@ from bov_lightning.model.cache import Cache
 from bov_lightning.model.config import TransformerConfig
 from bov_lightning.model.layers import Initialiser, Linear, rms_norm, squared_relu
 from bov_lightning.model.loss import softcap, softcapped_cross_entropy
-from bov_lightning.model.values import LayerValues, ValueInputs, build_layer_values
+from bov_lightning.model.ngrams import look_up, lookup_source, text_positions
+from bov_lightning.model.values import LayerValues, ValueInputs, ValueSource, build_layer_values
 
 if TYPE_CHECKING:
     from bov_lightning.model.cache import LayerCache
@@ -80,9 +82,9 @@ class Block(nn.Module):
         self.attention = Attention(config, values)
         self.mlp = MLP(config.d_model, config.mlp_width)
 
-    def forward(self, x_BTC, x0_BTC, token_ids_BT, first_value, rotary, mask, past=None):
+    def forward(self, x_BTC, x0_BTC, tokens, layer_value, rotary, mask, past=None):
         """The residual stream after this block, and the block's value."""
-        inputs = ValueInputs(rms_norm(x_BTC), x0_BTC, token_ids_BT, first_value)
+        inputs = ValueInputs(rms_norm(x_BTC), x0_BTC, tokens.ids, layer_value, *tokens[1:])
         attended_BTC, value = self.attention(inputs, rotary, mask, past)
         x_BTC = x_BTC + attended_BTC
         return x_BTC + self.mlp(rms_norm(x_BTC)), value
@@ -91,17 +93,18 @@ class Block(nn.Module):
 class WholeText:
     """What `Cache` is to new tokens of a text, for a text that is given whole: it has no past."""
 
-    def __init__(self, config: TransformerConfig, starts_BT: Tensor | None = None):
-        """``starts_BT`` as in `Transformer.stream`."""
-        self.config, self.layers = config, [None] * config.n_layer
-        self.starts_BT = starts_BT
+    def __init__(self, config: TransformerConfig, source: ValueSource):
+        """``source``: see `lookup_source`."""
+        self.config, self.source, self.layers = config, source, [None] * config.n_layer
         self.masks: dict[int | None, Mask] = {}
 
-    def begin(self, token_ids_BT: Tensor, lengths: None) -> Tensor:
-        """The positions of the tokens, (T,)."""
-        start = self.config.document_start
-        self.masks = make_masks(self.config.windows, token_ids_BT, start, self.starts_BT)
-        return torch.arange(token_ids_BT.shape[1], device=token_ids_BT.device)
+    def begin(self, token_ids_BT: Tensor, lengths: None, starts_BT: Tensor | None) -> Tensor:
+        """The positions of the tokens, (T,); ``starts_BT`` is True where a text begins."""
+        self.masks = make_masks(self.config.windows, token_ids_BT, None, starts_BT)
+        positions = torch.arange(token_ids_BT.shape[1], device=token_ids_BT.device)
+        own = positions[None] if starts_BT is None else text_positions(positions[None], starts_BT)
+        self.tokens = look_up(self.source, token_ids_BT, own, starts_BT)
+        return positions
 
     def take_previous(self, x_BTC: Tensor) -> None:
         """What came before the first token: nothing."""
@@ -196,23 +199,24 @@ class Transformer(nn.Module):
             states: a list to which the stream before each block and after the last is appended.
         """
         config = self.config
-        text = WholeText(config, starts_BT) if cache is None else cache
-        rotary = rotary_angles_at(text.begin(token_ids_BT, lengths), config.head_dim)
-        masks = text.masks
         if config.document_start is not None:
             own_BT = token_ids_BT == config.document_start
             starts_BT = own_BT if starts_BT is None else own_BT | starts_BT
+        text = WholeText(config, self.lookup_source) if cache is None else cache
+        rotary = rotary_angles_at(text.begin(token_ids_BT, lengths, starts_BT), config.head_dim)
+        masks = text.masks
         x_BTC = rms_norm(self.embedding(token_ids_BT) if embedded_BTC is None else embedded_BTC)
+        rotary = tuple(angle.to(x_BTC.dtype) for angle in rotary)  # once for all layers
         x_BTC = x0_BTC = self.smear(x_BTC, starts_BT, text.take_previous(x_BTC))
-        first_value = None
-        for block, past in zip(self.blocks, text.layers, strict=True):
+        layer_value, read_layer = None, config.read_layer or 0
+        for i, (block, past) in enumerate(zip(self.blocks, text.layers, strict=True)):
             if states is not None:
                 states.append(x_BTC)
             mask = masks[block.window]
             again = past is None and block.recompute is not None and torch.is_grad_enabled()
             run = partial(block.recompute, block) if again else block
-            x_BTC, value = run(x_BTC, x0_BTC, token_ids_BT, first_value, rotary, mask, past)
-            first_value = value if first_value is None else first_value
+            x_BTC, value = run(x_BTC, x0_BTC, text.tokens, layer_value, rotary, mask, past)
+            layer_value = value if i == read_layer else layer_value
         text.finish()
         if states is not None:
             states.append(x_BTC)
@@ -227,6 +231,20 @@ class Transformer(nn.Module):
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for block in self.blocks:
             block.compile(**options)
+
+    @property
+    def lookup_source(self) -> ValueSource:
+        """The source that says for all layers which rows of a table tokens read."""
+        return lookup_source(self.config, self.blocks)
+
+    @torch.no_grad()
+    def learn(self, token_ids_BT: Tensor) -> None:
+        """Shows training text to the value sources that learn from it before they are trained."""
+        text, start = WholeText(self.config, self.lookup_source), self.config.document_start
+        text.begin(token_ids_BT, None, None if start is None else token_ids_BT == start)
+        for block in self.blocks:
+            if block.attention.value.source is not None:
+                block.attention.value.source.learn(text.tokens.ngrams)
 
     def new_cache(
         self, batch_size: int, max_context: int, dtype: torch.dtype | None = None
@@ -259,6 +277,12 @@ class Transformer(nn.Module):
             weight = mlp.input.weight
             fill.uniform(f"{name}.mlp.input.weight", weight, -0.4 * bound, 0.4 * bound)
             fill.constant(mlp.output.weight, 0)
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            if not fill.has_filled(tensor):
+                raise UserError(
+                    f"{name} holds whatever was in memory: the initialise method of value.source "
+                    f"{self.config.value.source} must give it to `fill`"
+                )
 
     def flops_per_token(self) -> int:
         """Training FLOPs per token: 6 per matrix parameter, 12 per channel and visible key."""
@@ -275,13 +299,23 @@ class Transformer(nn.Module):
         )
         return 6 * matmul + 12 * config.n_head * config.head_dim * visible
 
-    def grouped_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by optimizer group; what no module names is a matrix."""
-        groups: dict[str, list[nn.Parameter]] = {}
-        for module in self.modules():
-            names = getattr(module, "optimizer_groups", {})
+    def rated_parameters(self) -> Iterator[tuple[str, nn.Parameter, str, float]]:
+        """(name, parameter, optimizer group, factor on the group's learning rate) of all.
+
+        What no module names in its ``optimizer_groups`` is a matrix.
+        """
+        for path, module in self.named_modules():
+            groups = getattr(module, "optimizer_groups", {})
             for name, parameter in module.named_parameters(recurse=False):
-                groups.setdefault(names.get(name, "matrix"), []).append(parameter)
+                group = groups.get(name, "matrix")
+                group, factor = group if isinstance(group, tuple) else (group, 1.0)
+                yield f"{path}.{name}".lstrip("."), parameter, group, factor
+
+    def grouped_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by optimizer group."""
+        groups: dict[str, list[nn.Parameter]] = {}
+        for _, parameter, group, _ in self.rated_parameters():
+            groups.setdefault(group, []).append(parameter)
         return groups
 
 
@@ -306,12 +340,19 @@ class Attention(nn.Module):
             return x.unflatten(-1, (-1, self.head_dim))
 
         q_BTHD = rms_norm(rotate(heads(self.query(inputs.x)), *rotary))
-        k_BTKD = rms_norm(rotate(heads(self.key(inputs.x)), *rotary))
+        if self.value.reads_keys:
+            # The norm of a key is that of it rotated.
+            plain_BTKD = rms_norm(heads(self.key(inputs.x)))
+            inputs = inputs._replace(key=plain_BTKD.flatten(2))
+            k_BTKD = rotate(plain_BTKD, *rotary)
+        else:
+            k_BTKD = rms_norm(rotate(heads(self.key(inputs.x)), *rotary))
         if past is None:
             value = self.value(inputs)
             v_BTKD = heads(value).to(q_BTHD.dtype)
             y_BHTD = attend(*(x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD)), mask)
         else:
-            q_BHTD, k_BKSD = q_BTHD.transpose(1, 2), past.keys.extend(k_BTKD)
+            k_BKSD = None if self.value.keeps_keys else past.keys.extend(k_BTKD)
+            q_BHTD = q_BTHD.transpose(1, 2)
             y_BHTD, value = self.value.attend_past(inputs, q_BHTD, k_BKSD, mask, past)
         return self.output(y_BHTD.transpose(1, 2).flatten(2)), value

@@ -1,8 +1,11 @@
 """Learning rates and weight decay per parameter group: the paper's recipe as data."""
 
+import math
+
 import torch
 from torch import nn
 
+from bov_lightning.errors import UserError
 from bov_lightning.model.config import TransformerConfig
 from bov_lightning.model.counting import (
     REFERENCE_BATCH_TOKENS,
@@ -57,12 +60,24 @@ def build_groups(
             weight_decay=rate["weight_decay"], dtype=getattr(torch, optimizer.muon_dtype),
         ),
     }  # fmt: skip
-    parameters = model.grouped_parameters()
-    unknown = set(parameters) - set(settings)
-    if unknown:
-        raise ValueError(f"no optimizer settings for parameter group {', '.join(sorted(unknown))}")
+    found: dict[tuple[str, float], list[nn.Parameter]] = {}
+    for name, parameter, group, factor in model.rated_parameters():
+        if group not in settings:
+            raise UserError(
+                f"optimizer_groups puts {name} into {group!r}, which is no group: use one of "
+                f"{', '.join(settings)}"
+            )
+        if group == "matrix" and parameter.ndim != 2:
+            raise UserError(
+                f"{name} has {parameter.ndim} dimensions and is in no optimizer group, so Muon "
+                "would train it, which takes matrices only: name it in optimizer_groups"
+            )
+        if not 0 <= factor < math.inf:
+            raise UserError(f"optimizer_groups multiplies the rate of {name} by {factor}")
+        found.setdefault((group, factor), []).append(parameter)
     return [
-        {"name": name, "params": parameters[name], **group}
+        {"name": name, "params": parameters, **group, "lr": factor * group["lr"]}
         for name, group in settings.items()
-        if name in parameters
+        for (own, factor), parameters in found.items()
+        if own == name
     ]

@@ -12,6 +12,7 @@ from bov_lightning.optim.groups import scaled
 from bov_lightning.planning.cost import make_plan
 from bov_lightning.planning.devices import device_memory, parse_bytes
 from bov_lightning.planning.memory import KINDS, PARTS, plan_memory
+from bov_lightning.planning.own_source import try_own_source
 from bov_lightning.recipe.budget import accumulation
 from bov_lightning.recipe.given import Given
 from bov_lightning.recipe.sections import Recipe
@@ -40,6 +41,7 @@ def print_plan(given: Given, n_device: int | None, available: str | None, as_jso
     else:
         limit = device_memory() if layout.cuda else None
     n_micro = accumulation(batch.tokens, batch.micro, model.config.sequence_len, n_device)
+    try_own_source(model.config)
     plan = make_plan(model.config, budget, batch.tokens)
     plan["accumulation"] = n_micro
     plan["optimizer"] = scaled(model.optimizer, model.config, batch.tokens)

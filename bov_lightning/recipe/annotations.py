@@ -3,13 +3,12 @@
 import dataclasses
 import inspect
 import os
-import re
 import typing
 from importlib import import_module
-from types import NoneType, UnionType
+from types import NoneType
 from typing import Annotated, Any, Literal
 
-from bov_lightning.kinds import Range, is_path, range_of
+from bov_lightning.kinds import Range, is_path, options_of
 
 TRAINER: dict[str, Any] = {
     "num_nodes": Annotated[int, Range(1, 100_000)],
@@ -17,9 +16,6 @@ TRAINER: dict[str, Any] = {
     "gradient_clip_val": Annotated[float | None, Range(0, 10**9)],
 }
 """Numbers of the trainer section, whose keys are Lightning's, not ours."""
-
-NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-"""Numbers that YAML 1.1 takes for text, such as 1e-3, are meant as numbers."""
 
 
 def hints_of(cls: Any) -> dict[str, Any]:
@@ -32,14 +28,6 @@ def hints_of(cls: Any) -> dict[str, Any]:
     except (NameError, TypeError, ValueError, AttributeError):
         return {}
     return {name: annotation for name, annotation in found.items() if name in known}
-
-
-def options_of(annotation: Any) -> tuple[Any, ...]:
-    """The types that a value may have, ``Annotated`` taken off."""
-    bare = annotation.__origin__ if hasattr(annotation, "__metadata__") else annotation
-    if typing.get_origin(bare) in (typing.Union, UnionType):
-        return tuple(x for option in typing.get_args(bare) for x in options_of(option))
-    return (bare,)
 
 
 def dataclass_of(annotation: Any) -> type | None:
@@ -108,41 +96,6 @@ def is_number(annotation: Any) -> bool:
     )
 
 
-def in_words(annotation: Any) -> str:
-    """An annotation as a reader of YAML understands it, with the range of a number."""
-    options, found = options_of(annotation), range_of(annotation)
-    # Null last: what a key means comes first.
-    parts = [_word(x) for x in options if x is not NoneType]
-    if is_path(annotation):
-        parts = [part.replace("text", "path") for part in parts]
-    if found is not None:
-        parts[-1] += f" {found}"
-    return " or ".join([*parts, *(["null"] if NoneType in options else [])])
-
-
-def needed(annotation: Any) -> str:
-    """`in_words` in a sentence: an integer, a list of text."""
-    words = in_words(annotation)
-    words = re.sub(r"(^| or )(integer)", r"\1an \2", words)
-    return re.sub(r"(^| or )(number|list|mapping|class_path)", r"\1a \2", words)
-
-
-def _word(option: Any) -> str:
-    if typing.get_origin(option) is Literal:
-        return " or ".join(str(word) for word in typing.get_args(option))
-    names = {bool: "true or false", str: "text", int: "integer", float: "number", Any: "anything"}
-    if option in names:
-        return names[option]
-    if typing.get_origin(option) in (list, tuple):
-        return f"list of {in_words(typing.get_args(option)[0])}"
-    if dataclasses.is_dataclass(option):
-        *first, last = [field.name for field in dataclasses.fields(option)]
-        return f"mapping of {', '.join(first)} and {last}" if first else f"mapping of {last}"
-    if option is dict or typing.get_origin(option) is dict:
-        return "mapping"
-    return f"class_path of a {getattr(option, '__name__', option)}"
-
-
 def class_at(path: Any) -> Any:
     """The class of that path; None where it cannot be imported, which others report."""
     module, _, name = str(path).rpartition(".")
@@ -178,13 +131,3 @@ def annotation_at(key: str, settings: dict, hints: dict[str, Any]) -> Any:
     if name == "trainer":
         return annotation_at(rest, below, TRAINER)
     return Any
-
-
-def number_in(value: Any) -> int | float | None:
-    """The number that a value is or spells out; None where it is none."""
-    if isinstance(value, str):
-        text = value.strip()
-        if not NUMBER.fullmatch(text):
-            return None
-        return int(text) if re.fullmatch(r"[-+]?\d{1,4000}", text) else float(text)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -2,25 +2,13 @@
 
 import errno
 import re
-import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import NoneType
-from typing import Any, Literal
+from typing import Any
 
 from bov_lightning.errors import UserError
-from bov_lightning.recipe.annotations import (
-    dataclass_of,
-    hints_of,
-    is_optional,
-    needed,
-    number_in,
-    options_of,
-)
-
-
-class _MisfitError(Exception):
-    """A value is of another type."""
+from bov_lightning.kinds import typed
+from bov_lightning.recipe.annotations import dataclass_of, hints_of, is_optional
 
 
 def build(cls: type, data: dict, origin: str, path: str = "") -> Any:
@@ -42,45 +30,8 @@ def _section(cls: type, data: dict, path: str) -> Any:
         if section and isinstance(value, dict):
             values[name] = _section(section, value, here)
         elif not section or is_optional(hints[name]) or value is not None:
-            values[name] = _typed(value, hints[name], here)
+            values[name] = typed(value, hints[name], here)
     return cls(**values)
-
-
-def _typed(value: Any, annotation: Any, where: str) -> Any:
-    for option in options_of(annotation):
-        try:
-            return _as(value, option, where)
-        except _MisfitError:
-            pass
-    raise UserError(f"{where} is {value!r}, but must be {needed(annotation)}")
-
-
-def _as(value: Any, option: Any, where: str) -> Any:
-    """The value as one of the types that an annotation has."""
-    kind = typing.get_origin(option) or option
-    if kind is Any:
-        return value
-    if kind is Literal:
-        if any(type(word) is type(value) and word == value for word in typing.get_args(option)):
-            return value
-    elif kind is NoneType:
-        if value is None:
-            return None
-    elif kind is bool and str(value).lower() in ("true", "false"):
-        return str(value).lower() == "true"
-    elif kind is int and isinstance(found := number_in(value), int):
-        return found
-    elif kind is float and (found := number_in(value)) is not None:
-        try:
-            return float(found)
-        except OverflowError:
-            raise UserError(f"{where} is a number without meaning: it is too large") from None
-    elif kind in (list, tuple) and isinstance(value, list):
-        element = (*typing.get_args(option), Any)[0]
-        return kind(_typed(item, element, f"{where}[{i}]") for i, item in enumerate(value))
-    elif kind in (str, dict) and isinstance(value, kind):
-        return value
-    raise _MisfitError
 
 
 def one_line(error: Exception) -> str:

@@ -8,7 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from bov_lightning.errors import UserError
-from bov_lightning.recipe.annotations import class_of, hints_of, needed
+from bov_lightning.kinds import needed
+from bov_lightning.recipe.annotations import class_of, hints_of
 from bov_lightning.recipe.building import user_errors
 from bov_lightning.recipe.given import Given
 from bov_lightning.recipe.keys import unknown_key

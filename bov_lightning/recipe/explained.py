@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 from docstring_parser import parse_from_object
 
-from bov_lightning.recipe.annotations import dataclass_of, hints_of, in_words
+from bov_lightning.kinds import in_words
+from bov_lightning.model.lookup import named_sources
+from bov_lightning.recipe.annotations import dataclass_of, hints_of
 from bov_lightning.recipe.sections import Recipe
 
 
@@ -64,6 +66,17 @@ def _yaml(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+SOURCE_ARGS = "model.config.value.source_args"
+
+
+def settings_of_sources() -> Iterator[tuple[str, type]]:
+    """(name, dataclass of its settings) of each value source of the package that has some."""
+    return (
+        (name, cls.args_class) for name, cls in named_sources().items()
+        if dataclasses.fields(cls.args_class)
+    )  # fmt: skip
+
+
 def listing(width: int) -> str:
     """All keys of a recipe as options, for a terminal of that many columns."""
     lines = ["usage: bov fit --config R.yaml [--KEY VALUE ...]", ""]
@@ -81,6 +94,10 @@ def listing(width: int) -> str:
             )
             if key.section:
                 add(key.section, here)
+            if here == SOURCE_ARGS:
+                for source, args_class in settings_of_sources():
+                    lines.append(f"{' ' * 6}of {source}:")
+                    add(args_class, here)
 
     add(Recipe, "")
     return "\n".join(lines)

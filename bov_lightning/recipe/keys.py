@@ -6,7 +6,8 @@ import typing
 from typing import Any
 
 from bov_lightning.errors import UserError
-from bov_lightning.recipe.annotations import dataclass_of, is_optional, options_of
+from bov_lightning.kinds import options_of
+from bov_lightning.recipe.annotations import dataclass_of, is_optional
 from bov_lightning.recipe.sections import Recipe
 
 

@@ -3,6 +3,7 @@
 A recipe is a YAML file, or several: a later one overrides an earlier one key by key, except that
 
 - a ``budget`` or a ``class_path`` of another class replaces the whole block;
+- a ``value.source`` leaves nothing of an earlier file's ``source_args`` and settings of a gate;
 - ``key+: [...]`` extends a list.
 
 Dotted command-line options (``--model.config.n_layer 6``) are one more overlay.
@@ -20,6 +21,11 @@ from bov_lightning.recipe.settling import option_value
 from bov_lightning.recipe.yaml_text import parse_yaml
 
 REPLACED_WHOLE = {"model.budget"}
+
+VALUE = "model.config.value"
+
+OF_SOURCE = ("source_args", "gate_channels", "gate_factor", "gate_inputs")
+"""Keys of the value section that overlays set only where their source or gate has such settings."""
 
 
 def default_run_name(overlays: list[tuple[Path, dict]]) -> str:
@@ -58,6 +64,8 @@ def read_yaml(path: Path) -> dict:
 def merge(base: dict, overlay: dict, path: str = "") -> dict:
     """``base`` overridden by ``overlay``, as the module's docstring says; neither is changed."""
     merged = dict(base)
+    if path == VALUE and "source" in base and "source" in overlay:
+        merged = {key: value for key, value in merged.items() if key not in OF_SOURCE}
     for key, value in overlay.items():
         here = f"{path}.{key}" if path else str(key)
         if isinstance(key, str) and key.endswith("+"):

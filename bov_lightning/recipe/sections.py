@@ -191,9 +191,10 @@ class Recipe:
     """Whether the blocks multiply in fp8 (needs torchao and a GPU of Ada, Hopper or newer)."""
     activation_checkpointing: bool = False
     """Whether to recompute activations in the backward pass instead of keeping them."""
-    resume: Literal["auto", "never"] = "auto"
+    resume: Literal["auto", "never", "changed_code"] = "auto"
     """auto: continue from the newest complete checkpoint; never: move an old run of this name
-    aside and start afresh."""
+    aside and start afresh; changed_code: as auto, though the file of a value source of your own is
+    another than the run began with."""
     data: dict[str, Any] | None = None
     """class_path and init_args of a LightningDataModule."""
     trainer: dict[str, Any] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from bov_lightning.errors import UserError
-from bov_lightning.kinds import home, range_of
+from bov_lightning.kinds import home, needed, number_in, options_of, range_of
 from bov_lightning.recipe.annotations import (
     TRAINER,
     annotation_at,
@@ -24,9 +24,6 @@ from bov_lightning.recipe.annotations import (
     is_local_path,
     is_optional,
     is_text,
-    needed,
-    number_in,
-    options_of,
 )
 from bov_lightning.recipe.sections import Recipe
 from bov_lightning.recipe.yaml_text import parse_yaml, texts

@@ -11,6 +11,7 @@ import numpy as np
 import yaml
 
 from bov_lightning.errors import UserError
+from bov_lightning.recipe.keys import defaults
 from bov_lightning.recipe.overlays import packaged_recipes
 from bov_lightning.report.reading import Run, flatten, printable, section
 from bov_lightning.report.statistics import Estimate, difference, mean
@@ -199,8 +200,13 @@ def _overlays() -> dict[str, tuple[dict[str, Any], int | str | None]]:
     if not _OVERLAYS:
         for path in sorted((packaged_recipes() / "values").glob("*.yaml")):
             overlay = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
-            _OVERLAYS[path.stem] = section(overlay, VALUE), overlay.get(D_MLP)
+            _OVERLAYS[path.stem] = _whole(section(overlay, VALUE)), overlay.get(D_MLP)
     return _OVERLAYS
+
+
+def _whole(value: dict[str, Any]) -> dict[str, Any]:
+    """A value section with every key that it leaves out, but for settings of its source."""
+    return section(flatten(defaults()), VALUE) | value
 
 
 def value_name(value: dict[str, Any], d_mlp: int | str | None = None) -> str | None:
@@ -213,17 +219,23 @@ def value_name(value: dict[str, Any], d_mlp: int | str | None = None) -> str | N
     if value.get("source") == "context" and value.get("coefficient") == 1:
         # Whatever layers it names.
         value = _overlays()["standard"][0]
+    value = _whole(value)
     return next((name for name, known in _overlays().items() if known == (value, d_mlp)), None)
 
 
 def describe(value: dict[str, Any]) -> str:
     """A value section that no overlay has, in a few words."""
-    layers = str(value.get("layers")).replace("_", " ")
+    layers, usual = str(value.get("layers")).replace("_", " "), _whole({})
     parts = [
         str(value.get("source")).replace("_", " "),
         f"layers {layers.strip('[]')}" if layers.startswith("[") else layers,
         f"coefficient {_short(value.get('coefficient'))}",
         "plus context" if value.get("add_context") else "",
         "shared" if value.get("shared") else "",
+        *(
+            f"{key.removeprefix('source_args.').replace('_', ' ')} {_short(found)}"
+            for key, found in value.items()
+            if key.startswith("source_args.") or (key.startswith("gate_") and usual[key] != found)
+        ),
     ]
     return ", ".join(filter(None, parts))

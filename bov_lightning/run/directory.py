@@ -4,6 +4,7 @@ runs/NAME/
     config.yaml     the resolved recipe
     run.json        versions, git commit, data fingerprint, parameter and FLOP figures
     tokenizer/
+    code/           the files of a value source of somebody's own, see bov_lightning.run.own_code
     checkpoints/    see bov_lightning.checkpoint.directory
     eval/           results of benchmarks by step, see evaluation.results
     metrics.csv     a row per logged step
@@ -28,6 +29,7 @@ from typing import Any, NamedTuple
 
 from bov_lightning import claims
 from bov_lightning.checkpoint.directory import (
+    CODE,
     CONFIG,
     TOKENIZER,
     complete_checkpoints,
@@ -75,6 +77,11 @@ class RunDirectory:
     def tokenizer(self) -> Path:
         """The tokenizer's directory."""
         return self.path / TOKENIZER
+
+    @property
+    def code(self) -> Path:
+        """The directory of the code of somebody's own."""
+        return self.path / CODE
 
     @property
     def facts_file(self) -> Path:

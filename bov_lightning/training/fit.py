@@ -19,13 +19,17 @@ from bov_lightning.distributed.preemption import Preempted, received
 from bov_lightning.distributed.processes import restarted
 from bov_lightning.distributed.ranks import Ranks
 from bov_lightning.errors import UserError
+from bov_lightning.model.config import TransformerConfig
+from bov_lightning.model.lookup import is_own, source_class
 from bov_lightning.planning.cost import make_plan
+from bov_lightning.planning.own_source import try_own_source
 from bov_lightning.recipe.budget import accumulation
 from bov_lightning.recipe.given import Given
 from bov_lightning.recipe.overlays import read_yaml
 from bov_lightning.recipe.sameness import fixed_difference, part_of
 from bov_lightning.run.directory import Ended, RunDirectory, move_aside
 from bov_lightning.run.loggers import MetricsCSV, TensorBoardEvents, never_end_a_run
+from bov_lightning.run.own_code import refuse_other_code
 from bov_lightning.run.reference import find_reference
 from bov_lightning.run.status import Status
 from bov_lightning.training.allocator import keep_freed_memory
@@ -69,22 +73,27 @@ def fit(given: Given) -> None:
     quiet_lightning()
     recipe, run = given.recipe, RunDirectory(given.run)
     batch, config = recipe.batch, recipe.model.config
+    try_own_source(config)
     figures = make_plan(config, given.budget, batch.tokens)
     # One device divides what any number of devices could: refuse before Lightning starts.
     accumulation(batch.tokens, batch.micro, config.sequence_len, 1)
     # A requeued job continues whatever its command line says: it would never end otherwise.
-    resume = recipe.resume == "auto" or restarted()
+    resume = recipe.resume != "never" or restarted()
     metrics, holder = MetricsCSV(run), Holder(run, resume)
     own: list[Callback] = []
 
     def make_callbacks(config_yaml: str) -> list[Callback]:
         if resume and run.checkpoints():
             _check_same_run(run, config_yaml)
+            if recipe.resume != "changed_code":
+                refuse_other_code(run, config.value.source)
         own.extend(_callbacks(given, run, metrics, config_yaml, figures, resume, holder))
         return own
 
     cli = build_cli(given, [metrics, TensorBoardEvents(run)], make_callbacks)
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
+    if trainer.is_global_zero:
+        _warn_of_export(config)
     n_micro = accumulation(batch.tokens, batch.micro, config.sequence_len, trainer.world_size)
     last_step = module.n_step
     if resume and (ended := _still_ended(run, cli.resolved_yaml())):
@@ -127,6 +136,20 @@ def fit(given: Given) -> None:
         print(f"val_bpb {reporter.latest['val_bpb']:.4f}")
         early = f" of {module.n_step}, ended early" if trainer.global_step < module.n_step else ""
         print(f"run {run} (step {trainer.global_step}{early}, {minutes:.1f} min)")
+
+
+def _warn_of_export(config: TransformerConfig) -> None:
+    """Says before training what would be in the way after it."""
+    source = source_class(config.value.source)
+    if not is_own(source):
+        return
+    # It looks at the code of everything that an export holds, which takes seconds to import.
+    from bov_lightning.interop.hf_source import check_exportable
+
+    try:
+        check_exportable(source)
+    except UserError as error:
+        say(f"warning: {error}")
 
 
 class Holder:
@@ -214,7 +237,8 @@ def _callbacks(
     reporter = Reporter(status, reference, recipe.validation.tokens)
     callbacks = [
         watchdog,  # notes where this rank is before it waits for the others
-        RunFiles(run, config_yaml, figures),  # config.yaml is there before the first checkpoint
+        # config.yaml is there before the first checkpoint
+        RunFiles(run, config_yaml, recipe.model.config.value.source, figures),
         LossGuard(recipe.guard),  # agrees on loss and signal, which the next two read
         reporter,  # a step that is saved has been logged
         checkpointer,  # may end the process, after everybody else has seen the step

@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from bov_lightning.distributed.sharding import recompute_activations
@@ -78,6 +79,29 @@ class BoVModule(pl.LightningModule):
             self.model.compile_blocks()
         if sharded:
             strategy.build(self.model, recipe.seed)
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            self._show_text(trainer.datamodule)
+
+    def _show_text(self, data: pl.LightningDataModule) -> None:
+        """Shows training text to a value source that learns from it; all ranks the same."""
+        source = self.model.lookup_source
+        if not source.learns_from:
+            return
+        if not hasattr(data, "sample_rows"):
+            raise UserError(
+                f"value.source {self.config.value.source} learns from training text before a run "
+                f"begins, which {type(data).__name__} cannot show: use "
+                "data_modules.PackedDataModule, or settings of the source that need none "
+                "(of ngram_bank, frequent: 0)"
+            )
+        rows = data.sample_rows(source.learns_from)
+        self.model.learn(rows.to(self.model.embedding.weight.device))
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Pins rows that go to a GPU: copying others would wait until it has done all its work."""
+        if self.device.type == "cuda" and isinstance(batch, Tensor) and not batch.is_cuda:
+            return batch.pin_memory()
+        return batch
 
     def training_step(self, rows: Tensor, batch_index: int) -> Tensor:
         """Mean loss in nats per token of rows (micro, T+1)."""

@@ -15,6 +15,8 @@ from bov_lightning.inference.decoding import Decoding
 from bov_lightning.inference.generate import table_bytes
 from bov_lightning.inference.sampling import Sampling
 from bov_lightning.interop.hf_export import export
+from bov_lightning.model.lookup import class_path
+from bov_lightning.model.values import BankOfValues
 
 BANKS = [name for name, value in OVERLAYS.items() if value["source"] == "bank"]
 
@@ -68,7 +70,7 @@ def test_a_selected_cache_fetches_rows_of_its_own(tmp_path):
         found = model(piece, cache=branch)[0]
         assert torch.allclose(found, model(whole)[0, 3:], atol=1e-5)
     fetched = [
-        sorted(branch.slots.slot_of_id[:10].ge(0).nonzero()[:, 0].tolist()) for branch in branches
+        sorted(branch.slots.slot_of_row[:10].ge(0).nonzero()[:, 0].tolist()) for branch in branches
     ]
     assert fetched == [[1, 2, 3, 4, 6], [1, 2, 3, 5, 7]]
     assert cache.slots.n_used == 3
@@ -90,6 +92,24 @@ def test_exports_and_half_precision(tmp_path):
 def test_unknown_places_are_refused(tmp_path):
     with pytest.raises(UserError, match="bank_device"):
         bov_lightning.load(write(tmp_path, "bov"), bank_device="disk")
+
+
+class Halved(BankOfValues):
+    """A bank that reads its table itself."""
+
+    def forward(self, inputs, projection):
+        return 0.5 * torch.nn.functional.embedding(inputs.token_ids, self.table)
+
+
+@pytest.mark.parametrize("where", ["cpu", "mmap"])
+@pytest.mark.parametrize("source", ["low_rank_bank.LowRankBank", class_path(Halved)])
+def test_tables_that_must_stay_are_not_left_elsewhere(source, where, tmp_path):
+    model = make_model({"source": source, "layers": "last_third", "coefficient": "learned"})
+    write_checkpoint(tmp_path / "checkpoint", 1, model.state_dict(), config_yaml(model.config))
+    plain, _ = bov_lightning.load(tmp_path / "checkpoint")
+    assert table_bytes(plain) == sum(t.nbytes for t in model.grouped_parameters()["table"])
+    with pytest.raises(UserError, match="keeps its tables on the device"):
+        bov_lightning.load(tmp_path / "checkpoint", bank_device=where)
 
 
 PROGRAM = """

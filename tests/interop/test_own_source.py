@@ -5,6 +5,7 @@ import inspect
 import sys
 
 import pytest
+import spoilt  # noqa: F401 - its classes are named by their paths
 import torch
 import yaml
 from runs import fit
@@ -122,9 +123,9 @@ def test_ones_own_recipe_trains_and_goes_on(module, tiny_recipe, capsys):
     ("source", "words"),
     [
         ("nowhere.Source", "no module nowhere"),
-        ("my_values.Missing", "is not imported"),
-        ("os.path", "is not imported"),
-        ("bov_lightning.model.values.ValueSource", "is not imported"),
+        ("my_values.Missing", "has no value source Missing; it has Doubled"),
+        ("os.path", "module os has no value source path; it has none"),
+        ("bov_lightning.model.values.ValueSource", "has no value source ValueSource"),
         ("my_values..Doubled", "no class path"),
         (".Doubled", "no class path"),
     ],
@@ -141,6 +142,30 @@ def test_a_module_that_fails_to_import_something_else_is_not_blamed(module, tiny
         file.write("import a_library_that_is_missing\n")
     with pytest.raises(ModuleNotFoundError, match="a_library_that_is_missing"):
         main(["plan", "--config", str(tiny_recipe), "--config", "doubled.yaml"])
+
+
+def test_a_class_that_is_there_needs_no_module(module, workplace, monkeypatch):
+    """That of an export's file is, where the module that it came from is trusted but not there."""
+    known = __import__(module).Doubled
+    sys.modules.pop(module)
+    monkeypatch.setattr(sys, "path", [x for x in sys.path if x != str(workplace)])
+    monkeypatch.setenv("BOV_TRUSTED_MODULES", module)
+    with pytest.raises(ModuleNotFoundError):
+        __import__(module)
+    assert bov_lightning.model.values.source_class(f"{module}.Doubled") is known
+    with pytest.raises(UserError, match=f"no module {module}"):
+        bov_lightning.model.values.source_class(f"{module}.Tripled")
+
+
+@torch.no_grad()
+def test_an_export_must_decode_what_the_whole_text_gives(workplace):
+    """The last line of defence, for checkpoints that were trained before there was a trial."""
+    model = perturb(make_model({"source": "spoilt.Neighbour"}), 0.5)
+    write_checkpoint(workplace / "theirs", 3, model.state_dict(), config_yaml(model.config))
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(UserError, match=r"decodes other logits .* spoilt.Neighbour looks at"):
+            export(workplace / "theirs", workplace / "out", dtype=dtype)
+    assert not (workplace / "out").exists()
 
 
 def test_a_module_that_is_loaded_again_counts(module):

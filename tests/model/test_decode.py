@@ -16,13 +16,17 @@ from bov_lightning.model.decode import (
     best_way,
 )
 
+WEIGHTS = (1.0, 0.25, -2.0)
+"""Of the rows of a token where it has several."""
 
-def inputs(n_row, n_past, n_head, n_kv_head, vocab_size, ragged, seed=0):
+
+def inputs(n_row, n_past, n_head, n_kv_head, vocab_size, ragged, seed=0, n_lookup=None):
     """Queries, keys in a larger room, ids, table, mask."""
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(n_row, n_head, 1, 8, generator=generator)
     room = torch.randn(n_row, n_kv_head, n_past + 5, 8, generator=generator)
-    ids = torch.randint(0, vocab_size, (n_row, n_past), generator=generator)
+    shape = (n_row, n_past) if n_lookup is None else (n_row, n_past, n_lookup)
+    ids = torch.randint(0, vocab_size, shape, generator=generator)
     table = torch.randn(vocab_size, n_kv_head * 8, generator=generator)
     mask = None
     if ragged:
@@ -44,6 +48,25 @@ def test_all_ways_of_reading_a_bank_are_equal(n_row, n_past, heads, vocab_size, 
     expected = attend_gathered(*arguments)
     for way in (attend_bag, attend_summed, attend_bank):
         assert torch.allclose(way(*arguments), expected, atol=1e-5), way
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    n_row=st.integers(1, 3),
+    n_past=st.integers(1, 40),
+    heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]),
+    n_lookup=st.integers(1, 3),
+    ragged=st.booleans(),
+)
+def test_weighted_sums_of_rows_are_kept_values(n_row, n_past, heads, n_lookup, ragged):
+    """The oracle sums the rows of every token, as a cache of values would keep them."""
+    q, k, ids, table, mask = inputs(n_row, n_past, *heads, 50, ragged, n_lookup=n_lookup)
+    weights = WEIGHTS[:n_lookup]
+    values = sum(w * table[ids[..., i]] for i, w in enumerate(weights))
+    v = values.unflatten(-1, (heads[1], -1)).transpose(1, 2).contiguous()
+    expected = attend_values(q, k, v, mask)
+    for way in (attend_gathered, attend_bag, attend_summed, attend_bank):
+        assert torch.allclose(way(q, k, ids, table, mask, weights), expected, atol=1e-5), way
 
 
 @pytest.mark.parametrize("ragged", [False, True])

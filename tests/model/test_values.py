@@ -1,14 +1,24 @@
 """Value sources: what they equal, what they never see, what they store, what they refuse."""
 
-import dataclasses
-
 import pytest
 import torch
-from variants import KINDS, OVERLAYS, PAPER, SMALL, make_model, mostly_slow, perturb, token_ids
+import yaml
+from variants import (
+    KINDS,
+    OVERLAYS,
+    PAPER,
+    SMALL,
+    VALUES,
+    make_model,
+    mostly_slow,
+    perturb,
+    token_ids,
+)
 
 from bov_lightning.errors import UserError
 from bov_lightning.model.config import TransformerConfig, ValueConfig
 from bov_lightning.model.counting import meta_model
+from bov_lightning.model.layers import rms_norm
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.model.values import ValueInputs
 
@@ -34,7 +44,8 @@ def test_fresh_bank_equals_initial_embedding_before_the_smear():
         model.blocks[5].attention.value.coefficient.fill_(1.3)
         ids = token_ids(20)
         unsmeared = torch.nn.functional.rms_norm(model.embedding(ids), (48,))
-        inputs = ValueInputs(torch.randn(2, 20, 48), unsmeared, ids, None)
+        x = torch.randn(2, 20, 48)
+        inputs = ValueInputs(x, unsmeared, ids, None, ids[..., None], ids)
         values.append(model.blocks[5].attention.value(inputs))
     assert values[0].norm() > 1
     assert (values[0] - values[1]).abs().max() < 1e-5
@@ -161,6 +172,12 @@ def test_initialisation_has_the_statistics_of_the_reference(name, shared):
         ({"source": "first_layer", "layers": [0, 3]}, "layer 0"),
         ({"source": "bank", "layers": []}, "empty"),
         ({"source": "bank", "layers": [2, 2]}, "twice"),
+        ({"source": "layer", "source_args": {"layr": 2}}, "did you mean value.source_args.layer"),
+        ({"source": "layer", "source_args": {"layer": "quarter"}}, "third or half"),
+        ({"source": "layer", "source_args": {"layer": -1}}, "from 0 to 9,999"),
+        ({"source": "bank", "source_args": {"rank": 2}}, "there are no settings here"),
+        ({"source": "bank", "gate_channels": 6}, "only coefficient: gate has a gate"),
+        ({"source": "key", "coefficient": "gate", "add_context": True}, "gate needs source bank"),
     ],
 )
 def test_impossible_values_are_refused(value, word):
@@ -180,6 +197,19 @@ def test_impossible_values_are_refused(value, word):
         ({"n_layer": 0}, "n_layer"),
         ({"n_layer": 1, "value": ValueConfig("first_layer", "every")}, "selects no layer"),
         ({"d_model": 36, "n_head": 4}, "even"),
+        ({"value": ValueConfig("layer", source_args={"layer": 5})}, "selects no layer of 6"),
+        (
+            {"value": ValueConfig("layer", [2, 5], source_args={"layer": "third"})},
+            "holds 2, but layer reads the value that layer 2 computes",
+        ),
+        (
+            {
+                "value": ValueConfig(
+                    "bank", "every", "gate", True, gate_channels=25, gate_inputs="x_and_row"
+                )
+            },
+            "gate_channels is 25.* 24 channels",
+        ),
     ],
 )
 def test_impossible_shapes_are_refused(shape, word):
@@ -205,9 +235,49 @@ def test_overlays_are_the_rows_of_the_paper(name, shared):
     from parity import NAMES, read_rows
 
     assert {path.stem for path in PAPER} == set(NAMES)
-    assert set(OVERLAYS[name]) == {field.name for field in dataclasses.fields(ValueConfig)}
-    value = dataclasses.asdict(ValueConfig(**OVERLAYS[name]))
-    assert value == read_rows(shared)["rows"][name]["value"]
+    paper = read_rows(shared)["rows"][name]["value"]
+    assert set(OVERLAYS[name]) == set(paper)
+    assert ValueConfig(**OVERLAYS[name]) == ValueConfig(**paper)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in VALUES])
+def test_overlays_spell_out_the_settings_of_their_source(name):
+    """A run holds them all, by which the report knows the overlay."""
+    path = next(path for path in VALUES if path.stem == name)
+    value = yaml.safe_load(path.read_text())["model"]["config"]["value"]
+    assert value.get("source_args", {}) == ValueConfig(**value).source_args
+
+
+@torch.no_grad()
+def test_first_layer_is_layer_zero():
+    """And another layer's value is that layer's own projection of its own stream."""
+    ids, first = token_ids(40), make_model(OVERLAYS["first_layer"])
+    value = OVERLAYS["layer_third"] | {"source_args": {"layer": 0}}
+    assert torch.equal(perturb(make_model(value), 0.5)(ids), perturb(first, 0.5)(ids))
+    model, read = perturb(make_model(OVERLAYS["layer_third"]), 0.5), []
+    for i in (2, 4, 5):
+        hook = model.blocks[i].attention.value.register_forward_hook
+        hook(lambda module, inputs, value: read.append((inputs[0], value)))
+    model(ids)
+    (inputs, own), *others = read
+    assert torch.equal(own, model.blocks[2].attention.value.projection(inputs.x))
+    for layer, (_, value) in zip((4, 5), others, strict=True):
+        assert torch.equal(value, model.blocks[layer].attention.value.coefficient * own)
+
+
+@torch.no_grad()
+def test_values_of_keys_are_keys_without_rotation():
+    """Of grouped heads too: a key has the shape of a value. Decoding keeps keys alone."""
+    model, read = perturb(make_model(OVERLAYS["key"], n_kv_head=1), 0.5), []
+    attention = model.blocks[5].attention
+    attention.value.register_forward_hook(lambda module, inputs, value: read.append(
+        (inputs[0].x, value)))  # fmt: skip
+    model(token_ids(40))
+    ((x, value),) = read
+    keys = rms_norm(attention.key(x))  # of one head
+    assert torch.equal(value, attention.value.coefficient * keys)
+    assert attention.value.projection is None
+    assert model.new_cache(1, 10).layers[5].values is None
 
 
 def test_meta_model_has_the_parameters_of_the_real_one():

@@ -13,6 +13,7 @@ from bov_lightning.cli import main
 from bov_lightning.cli.options import read_given, recipe_parser
 from bov_lightning.errors import UserError
 from bov_lightning.model.counting import meta_model
+from bov_lightning.recipe.given import read
 from bov_lightning.recipe.keys import check_keys, known_keys, nearest
 from bov_lightning.recipe.overlays import merge, parse_options
 from bov_lightning.recipe.sections import Recipe
@@ -142,6 +143,23 @@ def test_every_recipe_builds_with_every_overlay(path, overlay):
     if overlay:
         value = yaml.safe_load(overlay.read_text())["model"]["config"]["value"]
         assert settings["model"]["config"]["value"] == value
+
+
+def test_a_source_begins_with_settings_of_its_own(tmp_path):
+    """An overlay that names a source leaves nothing of an earlier one's settings."""
+    first = {"source": "layer", "source_args": {"layer": 2}}
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump({"model": {"config": {"value": first}}}))
+    paths = ["quickstart", str(tmp_path / "first.yaml")]
+    key = "--model.config.value."
+    assert read(paths).recipe.model.config.value.source_args == {"layer": 2}
+    for more in (["values/bov"], ["values/first_layer", "values/value_embedding_gated"]):
+        assert read([*paths, *more]).recipe.model.config.value.source_args == {}
+    gated = ["values/value_embedding_gated_row", "values/value_embedding_gated"]
+    assert read([*paths, *gated]).recipe.model.config.value.gate_channels == 12
+    # In whatever order options come.
+    options = [f"{key}source_args.layer", "1", f"{key}source", "layer"]
+    for order in (options, options[2:] + options[:2]):
+        assert read(["quickstart"], order).recipe.model.config.value.source_args == {"layer": 1}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -18,7 +18,7 @@ from bov_lightning.cli import main
 from bov_lightning.distributed.strategy import ShardedStrategy
 from bov_lightning.errors import UserError
 from bov_lightning.inference.sampling import Sampling
-from bov_lightning.kinds import ENDLESS, Range, home, range_of
+from bov_lightning.kinds import ENDLESS, Range, home, options_of, range_of
 from bov_lightning.launch.submit import JobConfig
 from bov_lightning.recipe import given as recipes
 from bov_lightning.recipe.annotations import (
@@ -29,7 +29,6 @@ from bov_lightning.recipe.annotations import (
     is_free_text,
     is_local_path,
     is_number,
-    options_of,
 )
 from bov_lightning.recipe.data_module import data_section
 from bov_lightning.recipe.explained import listing

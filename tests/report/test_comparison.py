@@ -64,6 +64,16 @@ def test_values_without_an_overlay_are_described():
     assert value_name(value) == "standard"
 
 
+def test_settings_of_a_source_are_part_of_its_values():
+    value = flatten(value_section("layer_third") | {"source_args": {"layer": 2}})
+    assert value_name(value) is None
+    assert describe(value) == "layer, last third, coefficient learned, layer 2"
+    value = flatten(value_section("value_embedding_gated_row") | {"gate_channels": 8})
+    assert value_name(value) is None
+    told = "bank, every second, coefficient gate, plus context, gate channels 8, gate factor 2"
+    assert describe(value) == f"{told}, gate inputs x_and_row"
+
+
 def test_the_control_is_no_row_of_the_standard_values(tmp_path):
     write_run(tmp_path / "standard", "standard")
     write_run(tmp_path / "control", "standard", shape={"d_mlp": "like_bank"})

@@ -1,4 +1,4 @@
-"""Writes config.yaml, run.json and the tokenizer of a run."""
+"""Writes config.yaml, run.json, the tokenizer and somebody's own code of a run."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from bov_lightning.run.directory import RunDirectory, git_commit
+from bov_lightning.run.own_code import keep
 from bov_lightning.version import __version__
 
 PACKAGES = ("torch", "lightning", "tokenizers", "numpy")
@@ -19,9 +20,10 @@ PACKAGES = ("torch", "lightning", "tokenizers", "numpy")
 class RunFiles(Callback):
     """Writes config.yaml, run.json and the tokenizer when training starts."""
 
-    def __init__(self, run: RunDirectory, config_yaml: str, figures: dict[str, Any]):
-        """``figures``: more for run.json."""
+    def __init__(self, run: RunDirectory, config_yaml: str, source: str, figures: dict[str, Any]):
+        """``source``: the value source; ``figures``: more for run.json."""
         self.run, self.config_yaml, self.figures = run, config_yaml, figures
+        self.source = source
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         """The first moment at which data and model are known to fit."""
@@ -45,6 +47,7 @@ class RunFiles(Callback):
             "device": str(module.device),
             "world_size": trainer.world_size,
             "data": data.fingerprint,
+            **keep(self.source, self.run),
             **self.figures,
         }
         self.run.facts_file.write_text(json.dumps(content, indent=1) + "\n")
