@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -168,6 +168,12 @@ def one_layer(
     return found
 
 
+@lru_cache(maxsize=2)
+def made(config: TransformerConfig, dtype: torch.dtype, device: torch.device) -> Transformer:
+    """A model to decode with; to fill one takes seconds."""
+    return Transformer(config).to(device, dtype).eval()
+
+
 def filled(cache: Cache, n_token: int, n_vocab: int) -> Cache:
     """``cache`` as if its rows had seen so many random tokens."""
     cache.pretend(zipf_ids(cache.batch_size, n_token, n_vocab).to(cache.device))
@@ -183,7 +189,7 @@ def whole_model(
     actions = {}
     n_vocab = sizes.model.vocab_size
     for name, config in {"bov": sizes.model, "standard": with_standard_values(sizes.model)}.items():
-        model = Transformer(config).to(device, dtype).eval()
+        model = made(config, dtype, device)
         room = context + 2 * (max(repeats, 50) + 1)
         cache = filled(model.new_cache(batch, room), context, n_vocab)
         token = zipf_ids(batch, 1, n_vocab).to(device)
@@ -213,7 +219,7 @@ def against_llama(
         max_position_embeddings=4096, bos_token_id=None, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     llama = LlamaForCausalLM(shape).to(device, dtype).eval()
-    ours = Transformer(config).to(device, dtype).eval()
+    ours = made(config, dtype, device)
     prompt = zipf_ids(batch, n_prompt, config.vocab_size).to(device)
     rows = prompt.tolist()
 
