@@ -42,7 +42,7 @@ VOCAB = 32768
 NGRAM_ROWS = largest_prime(2**16)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sizes:
     """What is decoded."""
 
@@ -169,8 +169,9 @@ def one_layer(
 
 
 @lru_cache(maxsize=2)
-def made(config: TransformerConfig, dtype: torch.dtype, device: torch.device) -> Transformer:
-    """A model to decode with; to fill one takes seconds."""
+def made(sizes: Sizes, banks: bool, dtype: torch.dtype, device: torch.device) -> Transformer:
+    """The whole model, with banks or standard values; to fill one takes seconds."""
+    config = sizes.model if banks else with_standard_values(sizes.model)
     return Transformer(config).to(device, dtype).eval()
 
 
@@ -188,8 +189,8 @@ def whole_model(
     """Seconds per token of the model with and without banks; on CUDA also without a graph."""
     actions = {}
     n_vocab = sizes.model.vocab_size
-    for name, config in {"bov": sizes.model, "standard": with_standard_values(sizes.model)}.items():
-        model = made(config, dtype, device)
+    for name, banks in {"bov": True, "standard": False}.items():
+        model = made(sizes, banks, dtype, device)
         room = context + 2 * (max(repeats, 50) + 1)
         cache = filled(model.new_cache(batch, room), context, n_vocab)
         token = zipf_ids(batch, 1, n_vocab).to(device)
@@ -219,7 +220,7 @@ def against_llama(
         max_position_embeddings=4096, bos_token_id=None, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     llama = LlamaForCausalLM(shape).to(device, dtype).eval()
-    ours = made(config, dtype, device)
+    ours = made(sizes, True, dtype, device)
     prompt = zipf_ids(batch, n_prompt, config.vocab_size).to(device)
     rows = prompt.tolist()
 
