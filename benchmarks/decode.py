@@ -59,8 +59,8 @@ class Sizes:
     """Seconds in which short actions are repeated."""
 
 
-TOY = Sizes(2, 16, TransformerConfig(3, 2, 2, 32, 256, 64, "L", value=BOV), n_prompt=32, n_new=4,
-            at_least=0)  # fmt: skip
+SMALL = TransformerConfig(3, 2, 2, 32, 256, 64, "L", value=BOV)
+TOY = Sizes(2, 16, SMALL, SMALL, n_prompt=32, n_new=4, at_least=0)
 COLD_BYTES = 2**28
 """Several times what a GPU's cache holds."""
 
