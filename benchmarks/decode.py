@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ import harness
 from harness import peak_memory_mb, report, side_by_side
 
 from bov_lightning.inference.decoding import Decoding
+from bov_lightning.inference.graph import StaticStep, StaticSteps
 from bov_lightning.inference.sampling import Sampling
 from bov_lightning.model.cache import Cache
 from bov_lightning.model.config import TransformerConfig, ValueConfig
@@ -41,7 +42,7 @@ VOCAB = 32768
 NGRAM_ROWS = largest_prime(2**16)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sizes:
     """What is decoded."""
 
@@ -58,8 +59,8 @@ class Sizes:
     """Seconds in which short actions are repeated."""
 
 
-TOY = Sizes(2, 16, TransformerConfig(3, 2, 2, 32, 256, 64, "L", value=BOV), n_prompt=32, n_new=4,
-            at_least=0)  # fmt: skip
+SMALL = TransformerConfig(3, 2, 2, 32, 256, 64, "L", value=BOV)
+TOY = Sizes(2, 16, SMALL, SMALL, n_prompt=32, n_new=4, at_least=0)
 COLD_BYTES = 2**28
 """Several times what a GPU's cache holds."""
 
@@ -125,6 +126,10 @@ def one_layer(
         torch.empty(VOCAB, n_head * head_dim, device=device, dtype=dtype).normal_()
         for _ in range(min(n_layer, 4))
     ]
+    bigrams = ngram_keys(torch.stack((ids, ids.roll(1, dims=1)), dim=-1)) % NGRAM_ROWS + VOCAB
+    row_ids = torch.cat((ids[..., None], bigrams), dim=-1)
+    more_rows = torch.empty(NGRAM_ROWS, n_head * head_dim, device=device, dtype=dtype).normal_()
+    wider = torch.cat((tables[0], more_rows))
     query = torch.randn(batch, n_head, 1, head_dim).to(device, dtype)
     key, value = (
         [
@@ -133,11 +138,6 @@ def one_layer(
         ]
         for _ in range(2)
     )
-
-    bigrams = ngram_keys(torch.stack((ids, ids.roll(1, dims=1)), dim=-1)) % NGRAM_ROWS + VOCAB
-    row_ids = torch.cat((ids[..., None], bigrams), dim=-1)
-    rest = torch.empty(NGRAM_ROWS, n_head * head_dim, device=device, dtype=dtype).normal_()
-    wider = torch.cat((tables[0], rest))
 
     def gather(i: int) -> None:
         rows = F.embedding(ids, tables[i % len(tables)]).view(batch, context, n_head, head_dim)
@@ -168,6 +168,13 @@ def one_layer(
     return found
 
 
+@lru_cache(maxsize=2)
+def made(sizes: Sizes, banks: bool, dtype: torch.dtype, device: torch.device) -> Transformer:
+    """The whole model, with banks or standard values; to fill one takes seconds."""
+    config = sizes.model if banks else with_standard_values(sizes.model)
+    return Transformer(config).to(device, dtype).eval()
+
+
 def filled(cache: Cache, n_token: int, n_vocab: int) -> Cache:
     """``cache`` as if its rows had seen so many random tokens."""
     cache.pretend(zipf_ids(cache.batch_size, n_token, n_vocab).to(cache.device))
@@ -179,15 +186,20 @@ def filled(cache: Cache, n_token: int, n_vocab: int) -> Cache:
 def whole_model(
     batch: int, context: int, dtype: torch.dtype, repeats: int, sizes: Sizes, device: torch.device
 ) -> dict[str, float]:
-    """Seconds per token of the model with and without banks."""
+    """Seconds per token of the model with and without banks; on CUDA also without a graph."""
     actions = {}
     n_vocab = sizes.model.vocab_size
-    for name, config in {"bov": sizes.model, "standard": with_standard_values(sizes.model)}.items():
-        model = Transformer(config).to(device, dtype).eval()
-        room = context + max(repeats, 50) + 1
+    for name, banks in {"bov": True, "standard": False}.items():
+        model = made(sizes, banks, dtype, device)
+        room = context + 2 * (max(repeats, 50) + 1)
         cache = filled(model.new_cache(batch, room), context, n_vocab)
         token = zipf_ids(batch, 1, n_vocab).to(device)
-        actions[name] = waiting(partial(model, token, cache=cache), device)
+        plain = waiting(partial(model, token, cache=cache), device)
+        if device.type == "cuda":
+            actions[name] = waiting(partial(StaticStep(model, cache), token), device)
+            actions[f"{name}_launched"] = plain
+        else:
+            actions[name] = plain
     return side_by_side(actions, repeats, sizes.at_least)
 
 
@@ -196,6 +208,7 @@ def against_llama(
 ) -> dict[str, float]:
     """Seconds of models of one shape for a prompt and for the greedy tokens after it.
 
+    On CUDA a step is captured once, in the turn that warms up; ``launched`` has no graph.
     Llama's MLP has three matrices: two thirds of the width give it as many parameters.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -207,7 +220,7 @@ def against_llama(
         max_position_embeddings=4096, bos_token_id=None, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     llama = LlamaForCausalLM(shape).to(device, dtype).eval()
-    ours = Transformer(config).to(device, dtype).eval()
+    ours = made(sizes, True, dtype, device)
     prompt = zipf_ids(batch, n_prompt, config.vocab_size).to(device)
     rows = prompt.tolist()
 
@@ -217,21 +230,24 @@ def against_llama(
         )
         assert found.shape[1] == n_prompt + n
 
-    def decode(n: int) -> None:
-        decoding = Decoding(ours, rows, Sampling(n, temperature=0), n_prompt + n)
+    cuda = device.type == "cuda"
+    steps = StaticSteps(ours) if cuda else None
+
+    def decode(n: int, static: StaticSteps | bool | None) -> None:
+        decoding = Decoding(ours, rows, Sampling(n, temperature=0), n_prompt + n, static)
         while any(decoding.running):
             decoding.step()
 
-    return side_by_side(
-        {
-            "llama": waiting(lambda: theirs(n_new), device),
-            "ours": waiting(lambda: decode(n_new), device),
-            "llama_prompt": waiting(lambda: theirs(1), device),
-            "ours_prompt": waiting(lambda: decode(1), device),
-        },
-        repeats,
-        at_least=0,
-    )
+    actions = {
+        "llama": lambda: theirs(n_new),
+        "ours": lambda: decode(n_new, steps),
+        "llama_prompt": lambda: theirs(1),
+        "ours_prompt": lambda: decode(1, steps),
+    }
+    if cuda:
+        actions["launched"] = lambda: decode(n_new, False)
+    waited = {name: waiting(action, device) for name, action in actions.items()}
+    return side_by_side(waited, repeats, at_least=0)
 
 
 def cache_bytes(context: int, config: TransformerConfig) -> dict[str, int]:
@@ -257,14 +273,14 @@ def ratios_of(seconds: dict[str, float]) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, value in seconds.items():
         kind, _, rest = name.partition("_")
-        if kind == "layer" and rest.endswith("_bank"):
-            dtype, batch, context, way = rest.split("_", 3)
+        if kind == "layer" and rest.endswith("bank"):
+            dtype, batch, context, bank = rest.split("_", 3)
             suffix = "" if dtype == "float32" else f"_{dtype}"
             suffix += "" if batch == "b1" else f"_{batch}"
             for other in ("cached", "gather", "cached_ours"):
                 theirs = seconds.get(f"layer_{dtype}_{batch}_{context}_{other}")
                 if theirs is not None:
-                    found[f"{way}_vs_{other}_{context}{suffix}"] = value / theirs
+                    found[f"{bank}_vs_{other}_{context}{suffix}"] = value / theirs
         if kind == "model" and rest.endswith("_bov"):
             batch, context = rest.removesuffix("_bov").split("_")
             suffix = "" if batch == "b1" else f"_{batch}"

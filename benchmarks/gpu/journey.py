@@ -120,6 +120,10 @@ def main() -> int:
     done["killed"] = gpu.poll() is None
     gpu.send_signal(signal.SIGKILL)
     gpu.wait()
+    if not journey.has_checkpoint("gpu"):
+        cpu.kill()
+        results.keep(done=done, summary=f"not trained: {journey.log('gpu').strip()[-200:]}")
+        return 1
     shutil.copytree(folder / "gpu", folder / "moved")
     gpu, moved = journey.start("gpu", device), journey.start("moved", "cpu")
     wait_for(lambda: len(journey.losses("cpu")) == N_LOSS, cpu)

@@ -110,7 +110,7 @@ def table(names: dict[str, str], outcomes: dict[str, Found], rows: list[Row]) ->
         verdict = ""
         if row.meets is not None:
             verdict = "met" if row.meets(value) else "MISSED"
-        shown = row.form.format(value)
+        shown = row.form.format(value).partition("\n")[0][:60]
         lines.append(f"{row.stage} {row.what:36} {shown:>28}  {row.wanted:10} {verdict}".rstrip())
     for letter, outcome in outcomes.items():
         if outcome.status.startswith(("failed", "out")):
