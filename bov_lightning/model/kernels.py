@@ -19,14 +19,14 @@ except ImportError:
 
 from bov_lightning.model.attention import Mask, attention_scale
 
-BLOCK_S = 64
+BLOCK_S = 128
 """Past tokens that a program reads at a time."""
 
 BLOCK_PARTS = 32
 """Parts that are joined at a time."""
 
-PROGRAMS = 1024
-"""About how many programs a call starts: several per multiprocessor of a large GPU."""
+PROGRAMS = 384
+"""About how many programs a call starts: three per multiprocessor of a large GPU."""
 
 WARPS = 4
 """Of each program."""
