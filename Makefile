@@ -10,7 +10,7 @@ export PYTHONNOUSERSITE := 1
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help install install-triton quickstart test test-fast test-bounds soak bench gpu-check docs lint format
+.PHONY: help install install-triton quickstart test test-fast test-bounds soak bench gpu-check gpu-rehearsal docs lint format
 
 help:
 	@echo "make quickstart   train, validate and sample a small model (about 5 minutes on 2 cores)"
@@ -20,6 +20,7 @@ help:
 	@echo "make soak         kill one run at 30 random moments, and compare it with an undisturbed one"
 	@echo "make bench        run all benchmarks and compare with those before (under 10 minutes)"
 	@echo "make gpu-check    check the kernels and sharding on this machine's GPU"
+	@echo "make gpu-rehearsal  go through all that is measured on a GPU, at toy size on the CPU"
 	@echo "make docs         make a website of docs/, in build/docs"
 	@echo "make lint         check style; make format puts it right"
 
@@ -57,7 +58,7 @@ quickstart: install
 # Two processes with one thread each: the tests train tiny models. The drills on SLURM clusters wait
 # most of the time, five side by side.
 test: $(VENV)/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slurm and not rehearsal"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 5 --dist loadfile tests/slurm
 
 test-fast: $(VENV)/installed-test
@@ -78,6 +79,10 @@ bench: install
 # What CI cannot: the reference numbers, masks, kernels, bf16 and sharding on this machine's GPU.
 gpu-check: $(VENV)/installed-test
 	BOV_REQUIRE=gpu $(BIN)/python -m pytest -m gpu
+
+# benchmarks/gpu/run.sh --dry-run, under 3 minutes on two cores.
+gpu-rehearsal: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m rehearsal
 
 # keys.md is written from the docstrings; a broken link is an error.
 docs: $(VENV)/installed-docs

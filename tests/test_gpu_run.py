@@ -36,6 +36,7 @@ def run_sh(*words: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
+@pytest.mark.rehearsal
 def test_dry_run_measures_everything(tmp_path):
     """Every stage, on the CPU; what a GPU alone can tell is missing, and nothing else."""
     done = run_sh("--dry-run", "--output", str(tmp_path), "--minutes", "30")
