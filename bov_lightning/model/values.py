@@ -180,7 +180,7 @@ class ContextValue(ValueSource, name="context"):
 class LayerArgs:
     """Settings of `layer`."""
 
-    layer: Annotated[int | Literal["third", "half"], Range(0, 9_999)] = 0
+    layer: Annotated[Literal["third", "half"] | int, Range(0, 9_999)] = 0
     """The layer whose value is read, counted from 0; third and half: n_layer // 3, n_layer // 2.
     Target layers lie above it."""
 

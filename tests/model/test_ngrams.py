@@ -342,7 +342,9 @@ def test_a_model_without_memory_finds_its_rows():
 
 def most_frequent(directory: Path) -> list[int]:
     """The keys of the 100 most frequent bigrams and trigrams of all training rows, counted out."""
-    rows = np.concatenate([np.fromfile(p, np.uint16) for p in sorted(directory.rglob("train*.bin"))])
+    rows = np.concatenate(
+        [np.fromfile(p, np.uint16) for p in sorted(directory.rglob("train*.bin"))]
+    )
     counts = Counter()
     for row in rows.reshape(-1, 33).tolist():
         text = [-1, -1, *row]
