@@ -21,9 +21,10 @@ class ValueConfig:
     """How the target layers get their value vectors. All other layers use x W_V."""
 
     source: str = "context"
-    """Where a value comes from: context (x W_V), first_layer (the first layer's value),
-    initial_embedding (x0 W_V), bank (a learned table, looked up by token id), or the class path of
-    a source of your own, such as low_rank_bank.LowRankBank."""
+    """Where a value comes from: context (x W_V), first_layer (the first layer's value), layer (that
+    of another lower layer), key (the layer's keys before rotation), initial_embedding (x0 W_V),
+    bank (a learned table, looked up by token id), ngram_bank (by the tokens just before, too), or
+    the class path of a source of your own, such as low_rank_bank.LowRankBank."""
 
     layers: Annotated[
         Literal["every", "every_second", "second_half", "last_two_thirds", "last_third"]
