@@ -118,12 +118,13 @@ def test_code_settings_and_buffers_are_part_of_a_run(module, tiny_recipe, capsys
     )
 
 
-def test_a_sweep_and_a_plan_find_mistakes_before_anything_trains(module, tiny_recipe, capsys):
+def test_every_command_finds_mistakes_before_anything_trains(module, tiny_recipe, capsys):
     module.write_text(SOURCE.replace('("table", 0.5)', '"tables"'))
     for command in (
         ["plan", "--config", str(tiny_recipe), "--config", "classes.yaml"],
         ["fit", "--config", str(tiny_recipe), "--config", "classes.yaml"],
         ["sweep", "--config", str(tiny_recipe), "--values", "standard,classes.yaml", "--dry-run"],
+        ["submit", "--config", str(tiny_recipe), "--config", "classes.yaml", "--dry-run"],
     ):
         assert main(command) == 2
         error = capsys.readouterr().err
