@@ -157,6 +157,8 @@ class Transformer(nn.Module):
             for values, window in zip(build_layer_values(config), config.windows, strict=True)
         )
         self.head = Head(config)
+        self.read_layer = config.read_layer or 0
+        """The layer whose value other layers may read."""
         if not self.head.weight.is_meta:
             self.initialise(Initialiser(seed))
 
@@ -207,7 +209,7 @@ class Transformer(nn.Module):
         masks = text.masks
         x_BTC = rms_norm(self.embedding(token_ids_BT) if embedded_BTC is None else embedded_BTC)
         x_BTC = x0_BTC = self.smear(x_BTC, starts_BT, text.take_previous(x_BTC))
-        layer_value, read_layer = None, config.read_layer or 0
+        layer_value = None
         for i, (block, past) in enumerate(zip(self.blocks, text.layers, strict=True)):
             if states is not None:
                 states.append(x_BTC)
@@ -215,7 +217,7 @@ class Transformer(nn.Module):
             again = past is None and block.recompute is not None and torch.is_grad_enabled()
             run = partial(block.recompute, block) if again else block
             x_BTC, value = run(x_BTC, x0_BTC, text.tokens, layer_value, rotary, mask, past)
-            layer_value = value if i == read_layer else layer_value
+            layer_value = value if i == self.read_layer else layer_value
         text.finish()
         if states is not None:
             states.append(x_BTC)

@@ -450,6 +450,12 @@ class LayerValues(nn.Module):
         # A tuple hides a borrowed module from PyTorch: only its owner stores and trains it.
         self._borrowed = () if shared is None else (shared,)
         self.source = None if shared is not None else source(config)
+        self.value_cache: bool = self.add_context or self._source.value_cache
+        """Whether decoding must keep this layer's own values."""
+        self.reads_keys: bool = self._source.reads_keys
+        """Whether the values are made of the layer's keys."""
+        self.keeps_keys: bool = self.reads_keys and not self.value_cache
+        """Whether decoding leaves the keys to the source."""
         if self._source.reach >= config.sequence_len:
             raise UserError(
                 f"value.source {value.source} looks {self._source.reach} tokens back, but rows "
@@ -472,21 +478,6 @@ class LayerValues(nn.Module):
     @property
     def _source(self) -> ValueSource:
         return self._borrowed[0] if self._borrowed else self.source
-
-    @property
-    def value_cache(self) -> bool:
-        """Whether decoding must keep this layer's own values."""
-        return self.add_context or self._source.value_cache
-
-    @property
-    def reads_keys(self) -> bool:
-        """Whether the values are made of the layer's keys."""
-        return self._source.reads_keys
-
-    @property
-    def keeps_keys(self) -> bool:
-        """Whether decoding leaves the keys to the source."""
-        return self.reads_keys and not self.value_cache
 
     def vectors_read(self, n_past: int) -> int:
         """How many value vectors decoding one token after ``n_past`` reads at most."""
