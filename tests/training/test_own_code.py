@@ -16,6 +16,7 @@ from bov_lightning.checkpoint.reading import read_weights
 from bov_lightning.cli import main
 from bov_lightning.interop.hf_export import export
 from bov_lightning.interop.hf_import import load_export
+from bov_lightning.run import own_code
 
 SOURCE = '''
 """Values by a token's class: a buffer says which, a setting how many there are."""
@@ -116,6 +117,18 @@ def test_code_settings_and_buffers_are_part_of_a_run(module, tiny_recipe, capsys
     assert (
         json.loads((run / "run.json").read_text())["value_source"]["by_class"]["sha256"] == digest
     )
+
+
+def test_the_files_of_a_class_are_those_that_it_inherits_from(module, monkeypatch):
+    (module.parent / "derived.py").write_text(
+        "import by_class\n\n\nclass More(by_class.Classes):\n    pass\n"
+    )
+    monkeypatch.setenv("BOV_TRUSTED_MODULES", "derived")
+    assert own_code.files_of("derived.More") == {
+        "derived": module.parent / "derived.py", "by_class": module
+    }  # fmt: skip
+    assert own_code.files_of("bank") == {}
+    sys.modules.pop("derived")
 
 
 def test_every_command_finds_mistakes_before_anything_trains(module, tiny_recipe, capsys):
