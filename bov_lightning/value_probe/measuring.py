@@ -23,7 +23,9 @@ from evaluation.backends import Backend
 
 MAX_LOGITS = 2**25
 """Elements of the fp32 logits that are computed together."""
-UNIT = 8
+MAX_KEPT = 2**27
+"""Elements of probabilities that are kept while the order is sought."""
+UNIT = 4
 """Rows after which it is decided whether a cost is known well enough, whatever a batch is."""
 ABSOLUTE, RELATIVE = 0.002, 0.02
 """Standard error in nats, and per nat, that is well enough at precision 1."""
@@ -51,6 +53,8 @@ class Computed:
     keys_BT: Tensor
     outputs: list[Any]
     """What each layer gave."""
+    kept: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
+    """What `Bench.compare` has computed of it, by position, where it is to be compared often."""
 
 
 @dataclass
@@ -182,13 +186,7 @@ class Bench:
             part = slice(first, min(first + size, n_position))
             counted = counted_BT[:, part].double()
             targets = targets_BT[:, part, None]
-            logits = self._logits(computed, computed.outputs[-1], part)
-            normaliser = logits.logsumexp(-1)
-            right = normaliser - logits.gather(-1, targets)[..., 0]
-            likeliest = logits.argmax(-1)
-            log_p = logits.sub_(normaliser[..., None])
-            p = log_p.exp()
-            entropy_terms = torch.linalg.vecdot(p, log_p)
+            right, likeliest, p, entropy_terms = self._unchanged(computed, part, targets)
             base_B2 += torch.stack(((right.double() * counted).sum(1), counted.sum(1)), 1).cpu()
             for out, last in zip(found, lasts, strict=True):
                 logits = self._logits(computed, last, part)
@@ -199,6 +197,24 @@ class Bench:
                 sums = [(column.double() * counted).sum(1) for column in columns]
                 out += torch.stack((*sums, counted.sum(1)), dim=1).cpu()
         return base_B2, found
+
+    def _unchanged(
+        self, computed: Computed, part: slice, targets: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of some positions: loss (B, P), likeliest token, probabilities (B, P, V), and the sum of
+        p log p."""
+        if computed.kept is not None and part.start in computed.kept:
+            return computed.kept[part.start]
+        logits = self._logits(computed, computed.outputs[-1], part)
+        normaliser = logits.logsumexp(-1)
+        right = normaliser - logits.gather(-1, targets)[..., 0]
+        likeliest = logits.argmax(-1)
+        log_p = logits.sub_(normaliser[..., None])
+        p = log_p.exp()
+        found = right, likeliest, p, torch.linalg.vecdot(p, log_p)
+        if computed.kept is not None:
+            computed.kept[part.start] = found
+        return found
 
     def _logits(self, computed: Computed, last: Any, part: slice) -> Tensor:
         """(B, P, V) fp32 of some positions, all layers giving what they gave."""
@@ -224,7 +240,7 @@ class Order:
         save: called after each.
     """
 
-    TRIES = 4
+    TRIES = 3
     """Layers that are measured again for one place in the order, at most."""
     DIGITS = 5
     """Costs in nats are compared to so many decimals: less is rounding."""
@@ -244,6 +260,9 @@ class Order:
             if not self._computed:
                 batches = self.bench.batches(self.rows, self.batch_size)
                 self._computed = [self.bench.compute(batch) for batch in batches]
+                if self.rows.n_token * self.bench.backend.vocab_size <= MAX_KEPT:
+                    for computed in self._computed:
+                        computed.kept = {}
             tally = Tally()
             for computed in self._computed:
                 last = self.bench.last_output(computed, condition)

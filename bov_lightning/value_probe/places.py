@@ -44,8 +44,8 @@ class Place:
     """K."""
     head_dim: int
     """D."""
-    is_table: bool = False
-    """Whether the model has a table there already, so that no cache is kept."""
+    cached: bool = True
+    """Whether decoding keeps them."""
 
     @property
     def width(self) -> int:
@@ -116,7 +116,7 @@ def _own_places(model: Transformer) -> list[Place]:
     return [
         Place(
             layer, block, block.attention, block.attention.value, block.attention.output, "alone",
-            config.n_kv_head, config.head_dim, not block.attention.value.value_cache,
+            config.n_kv_head, config.head_dim, block.attention.value.value_cache,
         )
         for layer, block in enumerate(model.blocks)
     ]  # fmt: skip

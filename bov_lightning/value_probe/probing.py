@@ -213,7 +213,7 @@ class _Run:
                 place.layer,
                 tallies[_condition([place.layer]).key].cost if place.layer in order else None,
                 *spread.explained(place.layer, self.text.measured.n_token),
-                tables[place.layer].context_free, place.is_table, tables[place.layer].strength,
+                tables[place.layer].context_free, place.cached, tables[place.layer].strength,
                 tables[place.layer].weighted,
             )
             for place in self.places
@@ -243,7 +243,7 @@ class _Run:
             # The regression is a matrix from the embedding, with a bias.
             n_row = own_rows + n_channel + 1
         everything = sum(place.width for place in self.places)
-        saving = [self.places[i].width for i in layers if not self.places[i].is_table]
+        saving = [self.places[i].width for i in layers if self.places[i].cached]
         saved = ELEMENT_BYTES * sum(saving)
         table_bytes = saved * n_row
         return {

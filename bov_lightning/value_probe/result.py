@@ -36,8 +36,8 @@ class LayerResult:
     explained_per_head: list[float]
     context_free: bool
     """Whether a token's values are the same wherever it stands."""
-    is_table: bool
-    """Whether the model has a table there already."""
+    cached: bool
+    """Whether decoding keeps the values: a layer with a table of the model's own does not."""
     strength: float
     """Tokens that the regression counts as much as, in the mean of an id."""
     weighted: bool

@@ -37,7 +37,7 @@ class ProbeSettings:
     """a cost is measured until its standard error is below this times 0.002 nats + 2%; 0: on all
     held-out text"""
 
-    order_rows: Annotated[int, COUNT] = 8
+    order_rows: Annotated[int, COUNT] = 4
     """rows on which the order is decided"""
 
     memory: Annotated[float, Range(above=0)] = 2.0
