@@ -335,8 +335,9 @@ class Calibration:
         candidates: dict[int, list[Candidate]] = {}
         for place in group:
             own = sums.pop(place.layer)
-            plain, weighted = _means(own.plain, self.counts_N[:, None]), _means(
-                own.weighted, own.attention
+            plain, weighted = (
+                _means(own.plain, self.counts_N[:, None]),
+                _means(own.weighted, own.attention),
             )
             fitted = self.regression.fit(plain.flatten(1))
 
@@ -349,9 +350,9 @@ class Calibration:
             ridge = min(RIDGES, key=error)
             said = [
                 self.regression.predict(fitted, ridge, n).view_as(plain[:n]),
-                self.regression.predict(
-                    self.regression.fit(weighted.flatten(1)), ridge, n
-                ).view_as(plain[:n]),
+                self.regression.predict(self.regression.fit(weighted.flatten(1)), ridge, n).view_as(
+                    plain[:n]
+                ),
             ]
             # In tokens of the head's mean attention.
             mean_attention = own.attention.sum(0) / self.counts_N.sum()

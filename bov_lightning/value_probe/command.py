@@ -8,8 +8,8 @@ from pathlib import Path
 from bov_lightning.console import CONSOLE, say
 from bov_lightning.errors import UserError
 from bov_lightning.inference.loading import check_device
-from bov_lightning.report.page import WRITERS, markdown
-from bov_lightning.value_probe.content import make_report
+from bov_lightning.report.page import WRITERS
+from bov_lightning.value_probe.content import as_text, make_report
 from bov_lightning.value_probe.probing import probe
 from bov_lightning.value_probe.result import ProbeResult
 from bov_lightning.value_probe.settings import ProbeSettings
@@ -94,7 +94,7 @@ def probe_command(
     if as_json:
         print(json.dumps({"models": [result.as_dict() for result in results]}))
     else:
-        print(markdown(report), end="")
+        print("\n\n".join(map(as_text, results)))
     if output is not None:
         WRITERS[format](report, output)
         say(f"{output}: {report.summary}")

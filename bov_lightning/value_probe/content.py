@@ -71,9 +71,40 @@ def make_report(results: list[ProbeResult]) -> Report:
     )  # fmt: skip
 
 
+def as_text(result: ProbeResult) -> str:
+    """A model for a terminal: a line for each layer, in the order in which they go."""
+    lines = [
+        f"{result.name}: {result.make} of {result.n_layer} layers, {result.nats:.3f} nats per "
+        f"token on {result.tokens['measured']:,} held-out tokens",
+        "going with those above it                                     alone",
+        "layer      nats  +- error       KL  same token  saved     nats  explained",
+    ]
+    layers = {layer.layer: layer for layer in result.layers}
+    for found in result.curve:
+        layer, cost = layers[found.layers[-1]], found.cost
+        lines.append(
+            f"{layer.layer:5d}  {_costs(cost)}  {found.saved_share:5.1%}  {layer.cost.nats:7.4f}"
+            f"     {layer.explained:6.1%}"
+        )
+    third = result.last_third
+    lines.append(
+        f"the last third, {third.layers[0]} to {third.layers[-1]}:"
+        f"\n       {_costs(third.cost)}  {third.saved_share:5.1%}"
+    )
+    return "\n".join(lines)
+
+
+def _costs(cost: Cost) -> str:
+    return (
+        f"{cost.nats:8.4f}  {cost.standard_error:8.4f}  {cost.kl:7.4f}      {cost.agreement:6.1%}"
+    )
+
+
 def _in_a_line(result: ProbeResult) -> str:
     n = len(result.last_third.layers)
-    text = f"{result.name}: the last third of the layers costs {result.last_third.cost.nats:.3f} nats"
+    text = (
+        f"{result.name}: the last third of the layers costs {result.last_third.cost.nats:.3f} nats"
+    )
     if len(result.curve) >= n:
         text += f", the {n} that cost least together {result.curve[n - 1].cost.nats:.3f}"
     return text
@@ -155,9 +186,7 @@ def _curves(
         series.append(_line(f"{result.name}: last third", i, [_point(result.last_third)]))
         for n in sorted({s.own_rows for s in result.small_tables}):
             points = [_point(s) for s in result.small_tables if s.own_rows == n]
-            series.append(
-                _line(f"{result.name}: {n:,} own rows", i, [zero, *points], dashed=True)
-            )
+            series.append(_line(f"{result.name}: {n:,} own rows", i, [zero, *points], dashed=True))
     title = "Cost against cache saved"
     if frame is not None:
         title += ", closely"

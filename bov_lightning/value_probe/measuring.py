@@ -49,8 +49,9 @@ class Condition:
 class Computed:
     """A batch, as the unchanged model computes it."""
 
-    ids_BT: Tensor
-    keys_BT: Tensor
+    ids: Tensor
+    keys: Tensor
+    """Both (B, T) int64, as in `Rows`."""
     outputs: list[Any]
     """What each layer gave."""
     kept: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
@@ -147,7 +148,7 @@ class Bench:
         found: list[Any] = []
 
         def replace(place: Place, values_BTKD: Tensor) -> Tensor:
-            return tables[place.layer][computed.keys_BT].to(values_BTKD.dtype)
+            return tables[place.layer][computed.keys].to(values_BTKD.dtype)
 
         def keep(place: Place, module: nn.Module, inputs: tuple, named: dict, out: Any) -> None:
             found.append(out)
@@ -156,7 +157,7 @@ class Bench:
         below = list(zip(self.places, computed.outputs, strict=True))[: min(condition.layers)]
         changed = [place for place in self.places if place.layer in tables]
         with replayed(below), values(changed, replace), after(self.places[-1:], "block", keep):
-            call(self.model, computed.ids_BT)
+            call(self.model, computed.ids)
         return found[0]
 
     def _table(self, layer: int, own_rows: int | None) -> Tensor:
@@ -176,7 +177,7 @@ class Bench:
             `last_output` gave, (B, 4): its loss less that, KL divergence to the unchanged model,
             positions with the same likeliest token, targets.
         """
-        ids = computed.ids_BT
+        ids = computed.ids
         targets_BT, counted_BT = ids[:, 1:], ids[:, 1:] != self.start
         n_row, n_position = targets_BT.shape
         base_B2 = torch.zeros(n_row, 2, dtype=torch.float64)
@@ -218,7 +219,7 @@ class Bench:
 
     def _logits(self, computed: Computed, last: Any, part: slice) -> Tensor:
         """(B, P, V) fp32 of some positions, all layers giving what they gave."""
-        ids = computed.ids_BT
+        ids = computed.ids
         positions = torch.arange(part.start, part.stop, device=self.device).expand(len(ids), -1)
         outputs = [*computed.outputs[:-1], last]
         with replayed(list(zip(self.places, outputs, strict=True))):

@@ -247,9 +247,7 @@ class EnoughError(Exception):
 
 
 @contextlib.contextmanager
-def values(
-    places: list[Place], see: Callable[[Place, Tensor], Tensor | None]
-) -> Iterator[None]:
+def values(places: list[Place], see: Callable[[Place, Tensor], Tensor | None]) -> Iterator[None]:
     """Shows ``see`` the values (B, T, K, D) of each place as they come to be.
 
     What it returns takes their place; None leaves them.
@@ -267,9 +265,7 @@ def values(
 
 
 @contextlib.contextmanager
-def attended(
-    places: list[Place], see: Callable[[Place, Tensor], Tensor | None]
-) -> Iterator[None]:
+def attended(places: list[Place], see: Callable[[Place, Tensor], Tensor | None]) -> Iterator[None]:
     """Shows ``see`` what each place has attended to, (B, T, H * D), before the output's matrix.
 
     What it returns goes on in its place.

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +60,7 @@ def probe(
     settings = settings or ProbeSettings()
     with _frozen(model):
         backend = _backend(model)
-        text = make_text(
-            texts, tokenizer, settings, backend.max_length, len(embedding_of(model))
-        )
+        text = make_text(texts, tokenizer, settings, backend.max_length, len(embedding_of(model)))
         Probe(backend, tokenizer, text.start, Ranks())()
         places = find_places(model)
         state = State(
@@ -94,8 +91,9 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def _fingerprint(model: nn.Module, text: Text, settings: ProbeSettings) -> str:
-    how = {k: v for k, v in asdict(settings).items() if k not in ("batch_size", "memory")}
-    return "-".join((digest_of(model.state_dict()), _text_digest(text), str(sorted(how.items()))))
+    """Of what tables and order depend on."""
+    how = f"{settings.row_length}-{settings.order_rows}"
+    return "-".join((digest_of(model.state_dict()), _text_digest(text), how))
 
 
 def _text_digest(text: Text) -> str:
@@ -122,9 +120,7 @@ class _Run:
             self.text.calibration.keys.flatten(), minlength=len(self.text.vocabulary)
         )
         most_frequent = counts.argsort(descending=True, stable=True)
-        bench = Bench(
-            self.model, self.backend, self.places, tables, most_frequent, self.text.start
-        )
+        bench = Bench(self.model, self.backend, self.places, tables, most_frequent, self.text.start)
         order = self._order(bench)
         n_seen = int((counts > 0).sum())
         sizes = [n for n in self.settings.own_row_counts if n < n_seen]
@@ -133,9 +129,7 @@ class _Run:
         return self._result(name, tables, order, sizes, measured)
 
     def _calibrate(self) -> dict[int, Table]:
-        calibration = Calibration(
-            self.model, self.places, self.text, self.settings, self.state
-        )
+        calibration = Calibration(self.model, self.places, self.text, self.settings, self.state)
         return calibration(lambda done, total: self.progress("rows calibrated", done, total))
 
     def _order(self, bench: Bench) -> list[int]:
@@ -172,16 +166,20 @@ class _Run:
         All of it is kept after every few rows. Whether a condition needs more of them is decided at
         the same rows whatever the batch is.
         """
-        found = self.state.get("measured") or {
-            "rows": 0, "base": [], "conditions": {c.key: vars(Tally()) for c in conditions},
+        precision = self.settings.precision
+        found = {
+            "precision": precision, "rows": 0, "base": [],
+            "conditions": {c.key: vars(Tally()) for c in conditions},
             "left": [], "squares": [], "sums": [],
         }  # fmt: skip
+        kept = self.state.get("measured", found)
+        if (kept["precision"], {*kept["conditions"]}) == (precision, {*found["conditions"]}):
+            found = kept
         spread = _Spread.of(self.places, found)
         rows = self.text.measured
         while found["rows"] < len(rows):
             unit = rows[found["rows"] : found["rows"] + UNIT]
             tallies = {key: Tally(**t) for key, t in found["conditions"].items()}
-            precision = self.settings.precision
             open_ones = [c for c in conditions if not tallies[c.key].is_known(precision)]
             for batch in bench.batches(unit, self.settings.batch_size):
                 computed = bench.compute(batch, spread.add)

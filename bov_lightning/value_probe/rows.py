@@ -27,7 +27,7 @@ class Rows:
     ids: Tensor
     """(R, T) int64."""
     keys: Tensor
-    """(R, T) int64: which row of a table a token takes. Tables have rows for ids that occur only."""
+    """(R, T) int64: the row of tables that a token takes; they have rows for ids that occur."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -113,9 +113,7 @@ def make_text(
     )
 
 
-def _pieces(
-    texts: Iterable[str], tokenizer: Any, start: int, longest: int
-) -> Iterator[list[int]]:
+def _pieces(texts: Iterable[str], tokenizer: Any, start: int, longest: int) -> Iterator[list[int]]:
     """Documents as tokens, the starting one first; long ones in pieces that each start with it."""
     texts = iter(texts)
     while several := list(islice(texts, TEXTS_AT_ONCE)):
