@@ -29,10 +29,12 @@ class State:
         found = self._read()
         if found.get("fingerprint") == fingerprint:
             self.entries = found
-        elif directory is not None:
+            return
+        if directory is not None:
             for path in directory.glob("*.tensors"):
                 remove(path)
-        self.entries["fingerprint"] = fingerprint
+        # Before any tensors, which are of this probe from here on.
+        self.put(fingerprint=fingerprint)
 
     def _read(self) -> dict[str, Any]:
         try:

@@ -156,14 +156,14 @@ class KilledError(Exception):
 @pytest.mark.slow
 def test_a_probe_that_is_killed_goes_on(llama_result, tokenizer, texts, tmp_path):
     """Killed again and again, ever later: nothing is lost but what was not kept yet."""
-    steps, calls = [], 0
+    steps: list[tuple[str, int]] = []
 
     def dying_at(limit: int):
+        steps.clear()
+
         def progress(what: str, done: int, total: int) -> None:
-            nonlocal calls
-            calls += 1
-            steps.append(what)
-            if calls == limit:
+            steps.append((what, done))
+            if len(steps) == limit:
                 raise KilledError
 
         return progress
@@ -174,25 +174,28 @@ def test_a_probe_that_is_killed_goes_on(llama_result, tokenizer, texts, tmp_path
             progress=progress,
         )  # fmt: skip
 
-    for limit in (12, 8, 6, 4, 3):
-        calls = 0
+    begun = []
+    for limit in (12, 8, 3, 2):
         with pytest.raises(KilledError):
             run(dying_at(limit))
-    calls = 0
+        begun.append(steps[0])
+    assert begun[0] == ("rows calibrated", 4)
+    assert begun[1][0] == "rows calibrated"
+    assert begun[1][1] > 40
+    assert begun[2][0] == "sets compared"
+    assert begun[3] == ("held-out rows measured", 12)
     result = run(dying_at(-1))
+    assert steps[0][0] == "held-out rows measured"
     assert result.as_dict() == llama_result.as_dict()
-    assert {"rows calibrated", "sets compared", "held-out rows measured"} == set(steps)
-    calls = 0
     assert run(dying_at(-1)).as_dict() == result.as_dict()
-    assert calls == 0
+    assert steps == []
     # What only measuring depends on leaves the tables and the order as they are.
-    steps.clear()
     settings = replace(FEW, precision=3)
     again = bov_lightning.probe(
         make_llama(num_hidden_layers=3), tokenizer, texts, settings,
         state_directory=tmp_path / "s", progress=dying_at(-1),
     )  # fmt: skip
-    assert set(steps) == {"held-out rows measured"}
+    assert {what for what, _ in steps} == {"held-out rows measured"}
     assert again.order == result.order
     # Of another text nothing is taken.
     other = bov_lightning.probe(
