@@ -11,16 +11,19 @@ from bov_lightning.version import __version__
 
 _EXPORTS = {
     "BankOfValues": "bov_lightning.model.values",
+    "ProbeSettings": "bov_lightning.value_probe.settings",
     "ReplicatedStrategy": "bov_lightning.distributed.strategy",
     "ShardedStrategy": "bov_lightning.distributed.strategy",
     "Transformer": "bov_lightning.model.transformer",
     "TransformerConfig": "bov_lightning.model.config",
     "ValueConfig": "bov_lightning.model.config",
     "load": "bov_lightning.inference.loading",
+    "probe": "bov_lightning.value_probe.probing",
 }
 
 __all__ = [
     "BankOfValues",
+    "ProbeSettings",
     "ReplicatedStrategy",
     "ShardedStrategy",
     "Transformer",
@@ -28,6 +31,7 @@ __all__ = [
     "ValueConfig",
     "__version__",
     "load",
+    "probe",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -36,6 +40,8 @@ if TYPE_CHECKING:
     from bov_lightning.model.config import TransformerConfig, ValueConfig
     from bov_lightning.model.transformer import Transformer
     from bov_lightning.model.values import BankOfValues
+    from bov_lightning.value_probe.probing import probe
+    from bov_lightning.value_probe.settings import ProbeSettings
 
 
 def __getattr__(name: str):

@@ -25,6 +25,7 @@ FLOORS = (
     ("inference",),
     ("training",),
     ("report",),
+    ("value_probe",),
     ("launch",),
     ("cli",),
 )
@@ -40,6 +41,7 @@ NEVER = {
     "bov_lightning/planning": ("lightning",),
     "bov_lightning/inference": ("lightning",),
     "bov_lightning/interop": ("lightning",),
+    "bov_lightning/value_probe": ("lightning", "bov_lightning.training"),
     "data_modules": ("bov_lightning.model", "bov_lightning.training", "evaluation"),
     "evaluation": ("bov_lightning.training", "bov_lightning.launch", "bov_lightning.cli"),
 }

@@ -270,6 +270,45 @@ def _evaluate(arguments: list[str]) -> None:
     evaluate_command(**vars(known))
 
 
+def _probe(arguments: list[str]) -> None:
+    from bov_lightning.value_probe.settings import ProbeSettings
+
+    parser = Parser(
+        prog="bov probe",
+        description="Tells what a model loses if its values become tables by token id, layer by "
+        "layer. Trains nothing.",
+    )
+    parser.add_argument(
+        "models", nargs="+", type=path_text, metavar="MODEL", help="a run directory (its newest "
+        "checkpoint), a checkpoint, or a Hugging Face directory",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data", action="append", required=True, metavar="FILES",
+        help="text files: a path or a pattern; again for several",
+    )  # fmt: skip
+    add_options(parser, ProbeSettings)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--output", type=path, help="file to write as well; for csv and png a directory"
+    )
+    parser.add_argument("--format", choices=["html", "md", "csv", "png"], default="html")
+    parser.add_argument(
+        "--state", type=path, metavar="D",
+        help="where what is found is kept, so that a probe that is killed goes on; OUTPUT.state "
+        "if not given",
+    )  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    known = parser.parse_args(arguments)
+    from bov_lightning.value_probe.command import probe_command
+
+    probe_command(
+        known.models, known.data, read_options(known, ProbeSettings), output=known.output,
+        format=known.format, as_json=known.json, device=known.device, dtype=known.dtype,
+        state=known.state,
+    )  # fmt: skip
+
+
 def _report(arguments: list[str]) -> None:
     parser = Parser(prog="bov report", description="Compares runs: curves, tables, figures.")
     parser.add_argument(
@@ -391,6 +430,7 @@ COMMANDS = {
     "submit": _submit,
     "sweep": _sweep,
     "evaluate": _evaluate,
+    "probe": _probe,
     "report": _report,
     "generate": _generate,
     "export": _export,

@@ -56,6 +56,8 @@ class Series:
     high: float | None = None
     dashed: bool = False
     """Another measure of the same row."""
+    z: np.ndarray | None = None
+    """In a map: how full the colour is at each point, from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,9 @@ class Plot:
     x_name: str
     y_name: str
     series: list[Series]
-    kind: Literal["lines", "points", "ranking"] = "lines"
-    """lines; points joined by thin lines, where x is a number of layers; or one labelled row for
-    each series, with x and its interval."""
+    kind: Literal["lines", "points", "ranking", "map"] = "lines"
+    """lines; points joined by thin lines, where x is a number of layers; one labelled row for
+    each series, with x and its interval; or squares, whose colours are fuller where z is larger."""
     rows: dict[int, str] = field(default_factory=dict)
     """Label by index of row, for the legend."""
     note: str = ""
@@ -82,6 +84,8 @@ class Plot:
     zero_line: bool = False
     smooth: bool = False
     """Whether a line is drawn as a running mean where it has many points."""
+    z_name: str = ""
+    """What a map's colours are, in files."""
 
 
 @dataclass(frozen=True)
@@ -162,12 +166,14 @@ def table_csv(table: Table) -> str:
 def plot_csv(plot: Plot) -> str:
     """All points of the plot as a file."""
     intervals = any(series.low is not None for series in plot.series)
-    rows = [["series", plot.x_name, plot.y_name, *(["low", "high"] if intervals else [])]]
+    names = [plot.x_name, plot.y_name, *([plot.z_name] if plot.z_name else [])]
+    rows = [["series", *names, *(["low", "high"] if intervals else [])]]
     for series in plot.series:
         ends = [plain(series.low), plain(series.high)] if intervals else []
+        columns = [series.x, series.y, *([] if series.z is None else [series.z])]
         rows += [
-            [series.label, plain(float(x)), plain(float(y)), *ends]
-            for x, y in zip(series.x, series.y, strict=True)
+            [series.label, *(plain(float(number)) for number in point), *ends]
+            for point in zip(*columns, strict=True)
         ]
     return _csv(rows)
 

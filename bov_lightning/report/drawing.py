@@ -10,6 +10,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter
 
 from bov_lightning.report.content import Plot, Series, thinned
@@ -21,7 +22,8 @@ NAMES = {
     "tokens": "tokens", "FLOPs": "FLOPs", "val_bpb": "val bpb", "train_loss": "training loss",
     "tokens_per_s": "tokens per second", "difference": "difference in val bpb", "layer": "layer",
     "coefficient": "coefficient", "cached_tokens": "cached tokens", "saved_MiB": "saved, MiB",
-    "multiplier": "compute multiplier",
+    "multiplier": "compute multiplier", "saved_share": "share of the V cache saved",
+    "nats": "nats lost per token", "explained": "variance explained", "head": "value head",
 }  # fmt: skip
 STYLE = {
     "svg.fonttype": "none", "text.parse_math": False, "font.size": 10, "axes.edgecolor": INK,
@@ -70,7 +72,7 @@ def _smoothed(plot: Plot) -> Plot:
 
 def _draw(plot: Plot, legend: bool) -> Figure:
     """Must run, and be saved, in one context of styles."""
-    title, legend = legend, legend and plot.kind != "ranking"
+    title, legend = legend, legend and plot.kind not in ("ranking", "map")
     shown = dict.fromkeys(series.row for series in plot.series)
     height = 3.4 + (0.2 * len(shown) / 2 if legend else 0)
     if plot.kind == "ranking":
@@ -79,6 +81,8 @@ def _draw(plot: Plot, legend: bool) -> Figure:
     axes = figure.subplots()
     if plot.kind == "ranking":
         _draw_ranking(axes, plot)
+    elif plot.kind == "map":
+        _draw_map(axes, plot)
     else:
         _draw_lines(axes, plot)
     if title:
@@ -178,6 +182,22 @@ def _draw_ranking(axes: Axes, plot: Plot) -> None:
     axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set(xlabel=NAMES[plot.x_name])
+
+
+def _draw_map(axes: Axes, plot: Plot) -> None:
+    for series in plot.series:
+        for x, y, z in zip(series.x, series.y, series.z, strict=True):
+            axes.add_patch(Rectangle(
+                (x - 0.5, y - 0.5), 1, 1, facecolor=COLOURS[colour(series.row)],
+                alpha=float(np.clip(z, 0, 1)), linewidth=0, gid=f"row-{series.row}",
+            ))  # fmt: skip
+    ends = [(np.min(values) - 0.5, np.max(values) + 0.5) for values in (
+        np.concatenate([s.x for s in plot.series]), np.concatenate([s.y for s in plot.series])
+    )]  # fmt: skip
+    axes.set(xlim=ends[0], ylim=ends[1], xlabel=NAMES[plot.x_name], ylabel=NAMES[plot.y_name])
+    axes.grid(visible=False)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(8, integer=True))
 
 
 def _shortened(label: str, n: int = 36) -> str:
