@@ -7,6 +7,7 @@ on the CPU.
 import contextlib
 import csv
 import io
+import io
 import os
 import re
 import shutil
@@ -68,7 +69,7 @@ class Journey:
         path = self.folder / root / "run" / "metrics.csv"
         if not path.is_file():
             return []
-        rows = list(csv.DictReader(path.read_text().splitlines()))
+        rows = list(csv.DictReader(io.StringIO(path.read_text())))
         return [float(row["train_loss"]) for row in rows if row.get("train_loss")][:N_LOSS]
 
     def has_checkpoint(self, root: str) -> bool:

@@ -6,6 +6,7 @@ Where this version has `bov sweep --ladder`. In a dry run only the plan is made.
 import contextlib
 import csv
 import io
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ def main() -> int:
         words += ["--trainer.accelerator", "gpu", "--jobs", "4", "--time-limit", f"{seconds:.0f}"]
     code = subprocess.run([sys.executable, "-m", "bov_lightning.cli", *words]).returncode
     runs = home / "runs.csv"
-    rows = list(csv.DictReader(runs.read_text().splitlines())) if runs.is_file() else []
+    rows = list(csv.DictReader(io.StringIO(runs.read_text()))) if runs.is_file() else []
     results.keep(runs=rows, summary="planned" if options.toy else f"{len(rows)} runs finished")
     return code
 

@@ -217,7 +217,7 @@ class StaticStep:
         except RuntimeError as error:
             source = self.cache.config.value.source
             raise UserError(
-                f"the step cannot be captured as a CUDA graph ({str(error).splitlines()[0]}): a "
+                f"the step cannot be captured as a CUDA graph ({str(error).partition("\n")[0]}): a "
                 f"value source that waits for the device says capturable = False (here: {source})"
             ) from error
         self._graph = graph
