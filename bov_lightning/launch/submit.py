@@ -13,6 +13,7 @@ import yaml
 from bov_lightning.errors import UserError
 from bov_lightning.files import write_file
 from bov_lightning.kinds import COUNT, Range
+from bov_lightning.planning.own_source import try_own_source
 from bov_lightning.recipe.budget import accumulation
 from bov_lightning.recipe.given import Given
 from bov_lightning.recipe.overlays import merge
@@ -180,6 +181,7 @@ def submit(given: Given, job: JobConfig, evaluate: bool, dry_run: bool) -> str |
             )
     world = 1 if evaluate else job.nodes * job.n_task
     accumulation(recipe.batch.tokens, recipe.batch.micro, recipe.model.config.sequence_len, world)
+    try_own_source(recipe.model.config)
     run = given.run.resolve()
     script = render(recipe, job, run, evaluate)
     if dry_run:

@@ -25,8 +25,11 @@ from bov_lightning.model.values import ValueSource
 from bov_lightning.optim.config import OptimizerConfig
 from bov_lightning.optim.groups import build_groups
 
+ROW = 512
+"""Tokens of the trial's training rows at most, whose windows are 128 tokens."""
+
 LONGEST = 700
-"""Tokens of the trial's texts at most: more than a window of training rows of 2,048."""
+"""Tokens of the trial's texts at most."""
 
 TOLERANCE = 1e-3
 """Of normed streams that should be equal: rounding is a hundredth of it."""
@@ -77,11 +80,12 @@ def _check_class(source: type[ValueSource], name: str) -> None:
 
 
 def _build(config: TransformerConfig, name: str) -> Transformer:
-    """The network of so many layers and heads, narrow where the source can be."""
+    """The network of so many layers and heads, narrow and with short windows where that fits."""
     least = max(24 / config.n_head, config.value.gate_channels / config.n_kv_head, 2)
     d_model = min(config.d_model, config.n_head * 2 * -int(-least // 2))
     try:
-        narrow = Transformer(replace(config, d_model=d_model, d_mlp=16))
+        row = min(config.sequence_len, ROW)
+        narrow = Transformer(replace(config, d_model=d_model, d_mlp=16, sequence_len=row))
     except Exception:
         # Its shape may be part of what the source asks for.
         narrow = Transformer(config)

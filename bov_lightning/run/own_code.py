@@ -35,7 +35,7 @@ def files_of(source: str) -> dict[str, Path]:
                 found[cls.__module__] = Path(inspect.getfile(cls))
             except (OSError, TypeError):
                 continue
-    return found
+    return {module: path for module, path in found.items() if path.is_file()}
 
 
 def facts_of(source: str) -> dict[str, dict[str, str]]:

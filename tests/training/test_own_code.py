@@ -16,6 +16,7 @@ from bov_lightning.checkpoint.reading import read_weights
 from bov_lightning.cli import main
 from bov_lightning.interop.hf_export import export
 from bov_lightning.interop.hf_import import load_export
+from bov_lightning.run import own_code
 
 SOURCE = '''
 """Values by a token's class: a buffer says which, a setting how many there are."""
@@ -118,12 +119,25 @@ def test_code_settings_and_buffers_are_part_of_a_run(module, tiny_recipe, capsys
     )
 
 
-def test_a_sweep_and_a_plan_find_mistakes_before_anything_trains(module, tiny_recipe, capsys):
+def test_the_files_of_a_class_are_those_that_it_inherits_from(module, monkeypatch):
+    (module.parent / "derived.py").write_text(
+        "import by_class\n\n\nclass More(by_class.Classes):\n    pass\n"
+    )
+    monkeypatch.setenv("BOV_TRUSTED_MODULES", "derived")
+    assert own_code.files_of("derived.More") == {
+        "derived": module.parent / "derived.py", "by_class": module
+    }  # fmt: skip
+    assert own_code.files_of("bank") == {}
+    sys.modules.pop("derived")
+
+
+def test_every_command_finds_mistakes_before_anything_trains(module, tiny_recipe, capsys):
     module.write_text(SOURCE.replace('("table", 0.5)', '"tables"'))
     for command in (
         ["plan", "--config", str(tiny_recipe), "--config", "classes.yaml"],
         ["fit", "--config", str(tiny_recipe), "--config", "classes.yaml"],
         ["sweep", "--config", str(tiny_recipe), "--values", "standard,classes.yaml", "--dry-run"],
+        ["submit", "--config", str(tiny_recipe), "--config", "classes.yaml", "--dry-run"],
     ):
         assert main(command) == 2
         error = capsys.readouterr().err
