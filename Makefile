@@ -55,10 +55,10 @@ quickstart: install
 	@echo "--- the run lies in runs/quickstart"
 
 # Two processes with one thread each: the tests train tiny models. The drills on SLURM clusters wait
-# most of the time, four side by side.
+# most of the time, five side by side.
 test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slurm"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile tests/slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 5 --dist loadfile tests/slurm
 
 test-fast: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not distributed and not slurm"

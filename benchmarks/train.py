@@ -54,8 +54,7 @@ class Subject:
         self.config, self.device = config, torch.device(options.device)
         self.model = Transformer(config).to(self.device)
         if options.compile:
-            for block in self.model.blocks:
-                block.compile()
+            self.model.compile_blocks()
         batch_tokens = batch * config.sequence_len
         groups = build_groups(self.model, OptimizerConfig(), config, batch_tokens)
         self.optimizer: torch.optim.Optimizer = MuonAdamW(groups)

@@ -21,6 +21,10 @@ class StorageError(UserError):
     exit_code = 74
 
 
+class DivergedError(UserError):
+    """A run whose gradients are not finite any more: more of the same will not help it."""
+
+
 class EvaluationInterruptedError(Exception):
     """An evaluation was asked to stop; all ranks raise it after the same batch."""
 

@@ -128,6 +128,11 @@ class CorpusDataModule(pl.LightningDataModule):
             "val_rows": self.manifest["shards"]["val"][0]["sha256"][:16],
         }
 
+    def on_before_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
+        """Pins rows that go to a GPU: copying others would wait until it has done all its work."""
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return batch.pin_memory() if on_gpu else batch
+
     def val_dataloader(self) -> ValidationRows:
         """The held-out rows, or the first of them that hold validation_tokens."""
         n_row = len(self.val_rows)

@@ -1,7 +1,9 @@
 """The commands: each reads its options, and imports what it needs when it runs."""
 
+import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 from bov_lightning.cli.options import (
     Parser,
@@ -134,7 +136,7 @@ def _sweep(arguments: list[str]) -> None:
         "sweep", "Trains a recipe with several value sources and seeds at equal FLOPs, and reports."
     )
     parser.add_argument(
-        "--values", required=True, metavar="NAME,...",
+        "--values", metavar="NAME,...",
         help="value overlays: names such as standard,bov (see bov recipes), or YAML files; "
         "the first is the baseline",
     )  # fmt: skip
@@ -145,8 +147,14 @@ def _sweep(arguments: list[str]) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--slurm", action="store_true", help="submit each run as a job")
+    _add_ladder_options(parser.add_argument_group("a ladder of sizes, instead of --values"))
     add_options(parser.add_argument_group("the job"), JobConfig)
     known, options = parse_with_keys(parser, arguments)
+    if known.ladder is not None:
+        _sweep_ladder(known, options, arguments)
+        return
+    if known.values is None:
+        raise UserError("bov sweep: give --values standard,bov,... or --ladder L.yaml")
     seeds = known.seeds.split(",")
     if not all(re.fullmatch("[0-9]{1,20}", seed.strip()) for seed in seeds):
         raise UserError(f"--seeds {known.seeds}: give whole numbers, such as 0,1,2")
@@ -161,6 +169,55 @@ def _sweep(arguments: list[str]) -> None:
     rows = make_rows(values, [int(seed) for seed in seeds], known.config, options, text)
     job = read_options(known, JobConfig) if known.slurm else None
     sweep(rows, known.output, n_job=known.jobs, slurm_job=job, dry_run=known.dry_run)
+
+
+def _add_ladder_options(parser: Any) -> None:
+    parser.add_argument(
+        "--ladder", type=path, metavar="L.yaml",
+        help="rungs, arms, tuning and rules for a verdict; --output is then the folder of results, "
+        "that of the file if not given",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rungs", metavar="NAME,...", help="those to run; all that are not optional if not given"
+    )
+    parser.add_argument("--stop-at", metavar="HH:MM", help="when runs save and no other one begins")
+    number(
+        parser, "--time-limit", float, Range(above=0, most=10**8), metavar="S",
+        help="the same in seconds from now",
+    )  # fmt: skip
+    number(
+        parser, "--flops-per-second", float, Range(above=0, most=10**20), metavar="X",
+        help="for the plan's hours; measured if not given",
+    )  # fmt: skip
+    parser.add_argument(
+        "--speed", action="store_true", help="measure the arms' speeds on a CPU, and stop"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="only make the report of the results that are there"
+    )
+    parser.add_argument("--as-worker", action="store_true", help=argparse.SUPPRESS)
+
+
+def _sweep_ladder(known: argparse.Namespace, options: list[str], arguments: list[str]) -> None:
+    from bov_lightning.launch.ladder import LadderRuns
+    from bov_lightning.launch.ladder_sweep import LadderOptions, deadline_of, sweep_ladder
+    from bov_lightning.launch.submit import JobConfig
+    from bov_lightning.recipe.ladder import read_ladder
+
+    for name in ("values", "config"):
+        if getattr(known, name):
+            raise UserError(f"--{name} and --ladder: the ladder's file says what is trained")
+    ladder, output = read_ladder(known.ladder), known.output or known.ladder.parent
+    if output.is_file():
+        raise UserError(f"--output {output} is a file: --ladder writes a folder")
+    rungs = [name.strip() for name in known.rungs.split(",")] if known.rungs else None
+    runs = LadderRuns(ladder, options, {"data": known.data, "val_data": known.val_data}, rungs)
+    how = LadderOptions(
+        output, known.jobs, deadline_of(known.stop_at, known.time_limit), known.flops_per_second,
+        known.dry_run, known.speed, known.report, known.as_worker,
+        read_options(known, JobConfig) if known.slurm else None,
+    )  # fmt: skip
+    sweep_ladder(runs, how, arguments)
 
 
 def _evaluate(arguments: list[str]) -> None:

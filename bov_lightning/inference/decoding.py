@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from bov_lightning.errors import UserError
-from bov_lightning.inference.sampling import Sampling, choose, has_choice
+from bov_lightning.inference.graph import StaticStep, StaticSteps, pays_static
+from bov_lightning.inference.sampling import Sampling, choose, has_choice, likeliest
+from bov_lightning.model.offload import moved
 from bov_lightning.model.prefill import prefill
 from bov_lightning.model.transformer import Transformer
 from data_modules.vocabulary import BYTE, REPLACEMENT, Following
@@ -23,6 +25,9 @@ class Decoding:
         prompts: token ids of each row, at least one.
         sampling: how tokens are chosen.
         max_context: tokens of prompt and continuation that a row may hold.
+        static: whether a `StaticStep` computes every token but the first; None: on CUDA, where
+            it can. Those of one batch after another, `StaticSteps`, are captured once; the
+            decoding before must have come to its end.
 
     Raises:
         UserError: a prompt that is empty or longer than ``max_context``.
@@ -30,7 +35,7 @@ class Decoding:
 
     def __init__(
         self, model: Transformer, prompts: list[list[int]], sampling: Sampling,
-        max_context: int | None = None,
+        max_context: int | None = None, static: bool | StaticSteps | None = None,
     ):  # fmt: skip
         self.model, self.prompts, self.sampling = model, prompts, sampling
         self.max_context = max_context or model.config.max_context
@@ -43,7 +48,16 @@ class Decoding:
                 "it or raise --max-context"
             )
         room = min(self.max_context, longest + sampling.max_new_tokens)
-        self.cache = model.new_cache(len(prompts), room)
+        # What the host needs to see of the logits.
+        self._then = likeliest if sampling.temperature == 0 else None
+        self._static: StaticStep | None = None
+        if isinstance(static, StaticSteps):
+            self._static = static.take(len(prompts), room, self._then)
+            self.cache = self._static.cache
+        else:
+            self.cache = model.new_cache(len(prompts), room)
+            if pays_static(self.cache) if static is None else static:
+                self._static = StaticStep(model, self.cache, self._then)
         self.new: list[list[int]] = [[] for _ in prompts]
         self.running = [True] * len(prompts)
         self._generators = [
@@ -61,31 +75,34 @@ class Decoding:
         Raises:
             UserError: logits that are not finite.
         """
-        logits_BV = self._decode() if any(self.new) else self._prefill()
-        chosen = zip(has_choice(logits_BV), self.running, strict=True)
+        found = self._decode() if any(self.new) else self._seen(self._prefill())
+        # All that a step brings back: here, and nowhere else, decoding waits for a GPU.
+        found = found.cpu()
+        greedy = self.sampling.temperature == 0
+        can_choose, tokens_B = found.tolist() if greedy else (has_choice(found), None)
+        chosen = zip(can_choose, self.running, strict=True)
         if any(running and not choice for choice, running in chosen):
             raise UserError(
                 "the logits of the model are not finite, so that no token can be chosen: its "
                 "weights are damaged, or overflow in this --dtype"
             )
-        if self.sampling.temperature == 0:
-            likeliest = logits_BV.argmax(-1).tolist()
-        else:
-            logits_BV = logits_BV.cpu()
         tokens: list[int | None] = [None] * len(self.prompts)
         for row in range(len(tokens)):
             if not self.running[row]:
                 continue
-            if self.sampling.temperature == 0:
-                token = likeliest[row]
+            if greedy:
+                token = tokens_B[row]
             else:
-                token = choose(logits_BV[row], self.sampling, self._generators[row])
+                token = choose(found[row], self.sampling, self._generators[row])
             tokens[row] = token
             self.new[row].append(token)
             n_token = len(self.prompts[row]) + len(self.new[row])
             full = n_token > self.max_context or len(self.new[row]) == self.sampling.max_new_tokens
             self.running[row] = not full
         return tokens
+
+    def _seen(self, logits_BV: Tensor) -> Tensor:
+        return logits_BV if self._then is None else self._then(logits_BV)
 
     def _prefill(self) -> Tensor:
         lengths = torch.tensor([len(prompt) for prompt in self.prompts])
@@ -95,9 +112,12 @@ class Decoding:
         return prefill(self.model, self.cache, ids.to(self.cache.device), lengths)
 
     def _decode(self) -> Tensor:
-        ids = torch.tensor([[new[-1]] for new in self.new], device=self.cache.device)
+        ids = torch.tensor([[new[-1]] for new in self.new])
+        if self._static is not None:
+            return self._static(ids, self.running)
         lengths = None if all(self.running) else torch.tensor(self.running, dtype=torch.int64)
-        return self.model(ids, cache=self.cache, lengths=lengths)[:, -1]
+        ids = moved(ids, self.cache.device)
+        return self._seen(self.model(ids, cache=self.cache, lengths=lengths)[:, -1])
 
 
 class TextStream:

@@ -11,6 +11,7 @@ import torch
 
 from bov_lightning.errors import UserError
 from bov_lightning.inference.decoding import Decoding, TextStream
+from bov_lightning.inference.graph import StaticSteps, pays_static
 from bov_lightning.inference.loading import check_device, end_tokens, load
 from bov_lightning.inference.sampling import Sampling
 from bov_lightning.model.transformer import Transformer
@@ -129,10 +130,11 @@ def generate(
     ]
     statistics = Statistics(table_bytes=table_bytes(model))
     live = len(prompts) == 1 and not as_json
+    steps = StaticSteps(model) if pays_static(model.new_cache(1, 1)) else False
     for first in range(0, len(prompts), batch_size):
         batch = slice(first, first + batch_size)
         seeded = Sampling(**{**vars(sampling), "seed": sampling.seed + first})
-        decoding = Decoding(model, encoded[batch], seeded, max_context)
+        decoding = Decoding(model, encoded[batch], seeded, max_context, steps)
         if live:
             print(prompts[0], end="", flush=True)
         texts = _run(decoding, tokenizer, ends, statistics, live)

@@ -50,6 +50,13 @@ def has_choice(logits_BV: "Tensor") -> list[bool]:
     return logits_BV.amax(-1).isfinite().tolist()
 
 
+def likeliest(logits_BV: "Tensor") -> "Tensor":
+    """(2, B) int64 where the logits are: whether each row `has_choice`, and its likeliest token."""
+    import torch
+
+    return torch.stack((logits_BV.amax(-1).isfinite().long(), logits_BV.argmax(-1)))
+
+
 def choose(logits_V: "Tensor", sampling: Sampling, generator: "torch.Generator") -> int:
     """The next token of one row, from its fp32 logits on the CPU."""
     import torch

@@ -24,6 +24,7 @@ from bov_lightning.model import (
     layers,
     lookup,
     loss,
+    loss_kernel,
     matmul,
     ngrams,
     offload,
@@ -39,8 +40,8 @@ from bov_lightning.version import __version__
 
 PARTS = (
     errors, kinds, matmul, layers, lookup, config, attention, kernels, decode, turned_keys, ngrams,
-    values, loss, offload, cache, transformer, prefill, hf_cache, hf_arguments, hf_vocabulary,
-    hf_model,
+    values, loss_kernel, loss, offload, cache, transformer, prefill, hf_cache, hf_arguments,
+    hf_vocabulary, hf_model,
 )  # fmt: skip
 """The files of the network, each after those that it imports."""
 

@@ -60,7 +60,7 @@ SCRIPT = """\
 run={run}
 export OMP_NUM_THREADS="${{SLURM_CPUS_PER_TASK:-1}}" OMP_WAIT_POLICY=passive
 {setup}
-newest() {{ ls -d "$run"/{progress} 2>/dev/null | grep -E '/step-[0-9]+/' | sort | tail -n 1; }}
+newest() {{ ls -d "$run"/{progress} 2>/dev/null | grep -E '/step-[0-9]+/' | sort | cksum; }}
 requeue() {{ echo "bov: $1: requeueing"; scontrol requeue "$SLURM_JOB_ID" && sleep 300; }}
 
 before=$(newest)
@@ -106,10 +106,24 @@ def render(recipe: Recipe, job: JobConfig, run: Path, evaluate: bool = False) ->
     else:
         command = ["fit", "--config", str(run / RECIPE)]
         progress = "checkpoints/step-*/checkpoint.json"
+    name = f"{recipe.run.name}-evaluation" if evaluate else recipe.run.name
+    return job_script(name, run, command, progress, job)
+
+
+def job_script(name: str, folder: Path, command: list[str], progress: str, job: JobConfig) -> str:
+    """The sbatch file of a `bov` command that is requeued until it is done.
+
+    Args:
+        name: of the job.
+        folder: where its output goes, absolute.
+        command: what follows `bov`.
+        progress: a pattern in the folder; an attempt that adds no file to it has stalled.
+        job: what SLURM is asked for.
+    """
     options = {
-        "job-name": f"{recipe.run.name}-evaluation" if evaluate else recipe.run.name,
+        "job-name": name,
         "chdir": str(Path.cwd()),
-        "output": str(run / "slurm-%j.out"),
+        "output": str(folder / "slurm-%j.out"),
         "open-mode": "append",
         "requeue": None,
         "nodes": job.nodes,
@@ -129,7 +143,7 @@ def render(recipe: Recipe, job: JobConfig, run: Path, evaluate: bool = False) ->
     directives += [f"#SBATCH {option}" for option in job.sbatch]
     return SCRIPT.format(
         directives="\n".join(directives),
-        run=shlex.quote(str(run)),
+        run=shlex.quote(str(folder)),
         progress=progress,
         setup="".join(f"{line}\n" for line in job.setup),
         command=shlex.join([sys.executable, "-m", "bov_lightning.cli", *command]),
@@ -187,8 +201,7 @@ def submit(given: Given, job: JobConfig, evaluate: bool, dry_run: bool) -> str |
     if dry_run:
         print(script, end="")
         return None
-    if shutil.which("sbatch") is None:
-        raise UserError("sbatch is not on this machine: submit from a login node, or use --dry-run")
+    need_sbatch()
     if recipe.resume == "never" and run.exists() and not evaluate:
         from bov_lightning.run.directory import move_aside
 
@@ -199,12 +212,28 @@ def submit(given: Given, job: JobConfig, evaluate: bool, dry_run: bool) -> str |
         resume = "auto" if recipe.resume == "never" else recipe.resume
         settings = merge(given.plain, {"resume": resume, "run": {"root": str(run.parent)}})
         write_file(run / RECIPE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    number = submit_file(file, script)
+    print(f"run {run}")
+    return number
+
+
+def need_sbatch() -> None:
+    """Refuses a machine without it."""
+    if shutil.which("sbatch") is None:
+        raise UserError("sbatch is not on this machine: submit from a login node, or use --dry-run")
+
+
+def submit_file(file: Path, script: str) -> str:
+    """Writes an sbatch file and submits it; the job's number.
+
+    Raises:
+        UserError: an sbatch that refuses the job.
+    """
     write_file(file, script)
     result = subprocess.run(["sbatch", str(file)], capture_output=True, text=True)
     if result.returncode:
         raise UserError(f"sbatch refused the job: {result.stderr.strip()}")
     print(result.stdout.strip())
-    print(f"run {run}")
     return result.stdout.split()[-1]
 
 

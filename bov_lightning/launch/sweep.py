@@ -100,7 +100,7 @@ def run_on_slurm(rows: list[Row], job: Any, report: list[str], script: Path) -> 
     queued = {name: number for number, _, name in listed}
     waiting = [row for row in rows if not row.is_finished() and row.run.name not in queued]
     if waiting:
-        prepare_data(waiting[0])
+        prepare_data(waiting[0].arguments)
     jobs, n_new = [], 0
     for row in rows:
         if row.is_finished():

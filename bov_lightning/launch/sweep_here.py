@@ -44,11 +44,11 @@ def run_here(rows: list[Row], n_job: int) -> None:
     slots = _slots(rows[0].given.recipe, n_job)
     waiting = [row for row in rows if not row.is_finished()]
     if waiting:
-        prepare_data(waiting[0])
+        prepare_data(waiting[0].arguments)
     training: dict[int, tuple[Row, subprocess.Popen]] = {}
     failed: list[Row] = []
     told = False
-    with _Screen(rows) as screen, _signals() as received:
+    with _Screen(rows) as screen, signals() as received:
         while waiting or training:
             for slot in sorted(set(range(n_job)) - set(training)):
                 if not received and (started := _start_next(waiting, slots[slot])):
@@ -85,9 +85,13 @@ def run_here(rows: list[Row], n_job: int) -> None:
         )
 
 
-def prepare_data(row: Row) -> None:
-    """Makes the data before the first run: runs that start together must not make it twice."""
-    command = [sys.executable, "-m", "bov_lightning.cli", "prepare", *row.arguments]
+def prepare_data(arguments: list[str]) -> None:
+    """Makes the data before the first run: runs that start together must not make it twice.
+
+    Args:
+        arguments: of `bov prepare`.
+    """
+    command = [sys.executable, "-m", "bov_lightning.cli", "prepare", *arguments]
     code = subprocess.run(command).returncode
     if code:
         raise UserError(f"the data could not be prepared (exit code {code}): see above")
@@ -96,7 +100,7 @@ def prepare_data(row: Row) -> None:
 def _start_next(waiting: list[Row], environment: dict[str, str]):
     """Starts the first waiting run that no other process trains; takes it off the list."""
     for row in list(waiting):
-        if row.directory.trainer() is not None or (lock := _lock(row.run)) is None:
+        if row.directory.trainer() is not None or (lock := lock_run(row.run)) is None:
             continue
         waiting.remove(row)
         if row.is_finished():
@@ -117,7 +121,7 @@ def _start_next(waiting: list[Row], environment: dict[str, str]):
     return None
 
 
-def _lock(run: Path) -> int | None:
+def lock_run(run: Path) -> int | None:
     """A file descriptor that holds the run; None while another sweep's process holds it."""
     run.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(run.parent / f".{run.name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -159,7 +163,7 @@ def _slots(recipe: Recipe, n_job: int) -> list[dict[str, str]]:
 
 
 @contextmanager
-def _signals():
+def signals():
     """A list that the first signal's number is put into."""
     received: list[int] = []
     before = {

@@ -25,23 +25,24 @@ def attention_scale(head_dim: int) -> float:
 
 
 def rotary_angles_at(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles at ``positions`` (...), each (..., D/2), fp32."""
+    """Cosine and sine of the rotary angles at ``positions`` (...), each (..., 1, D), fp32.
+
+    Of both halves of the head dimension; the sine carries the sign of each.
+    """
     channel = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
     frequency = 1.0 / (ROTARY_BASE ** (channel / head_dim))
     angle = positions.float()[..., None] * frequency
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1)[..., None, :], torch.cat((sin, -sin), dim=-1)[..., None, :]
 
 
 def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the halves of the head dimension against each other; keeps the dtype.
 
-    ``cos`` and ``sin`` are (T, D/2), or (B, T, D/2) where rows stand at different positions.
+    ``cos`` and ``sin`` are `rotary_angles_at` positions (T,), or (B, T) where rows stand at
+    different ones.
     """
-    cos, sin = (
-        torch.cat(halves, dim=-1).unsqueeze(-2).to(x_BTHD.dtype)
-        for halves in ((cos, cos), (sin, -sin))
-    )
-    return _Rotation.apply(x_BTHD, cos, sin)
+    return _Rotation.apply(x_BTHD, cos.to(x_BTHD.dtype), sin.to(x_BTHD.dtype))
 
 
 class _Rotation(torch.autograd.Function):
@@ -162,11 +163,24 @@ def _masks_of_any_length(
     return masks
 
 
+def allow_many_graphs() -> None:
+    """After eight graphs of one function the compiler would run the rest uncompiled, and only log
+    it; windows, value sources, documents and the modes of training and validation make more."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+
+
 @lru_cache(maxsize=1)
 def _compiled_flex_attention():
+    allow_many_graphs()
+    return torch.compile(_flex_attention)
+
+
+def _flex_attention(*arguments, **how) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    return flex_attention(*arguments, **how)
 
 
 def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Mask) -> Tensor:
@@ -186,7 +200,10 @@ def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Mask) -> Tensor
         narrow = max(0, LEAST_FLEX_HEAD - v_BKTD.shape[3])
         if narrow:
             q_BHTD, k_BKTD, v_BKTD = (F.pad(x, (0, narrow)) for x in (q_BHTD, k_BKTD, v_BKTD))
-        y_BHTD = _compiled_flex_attention()(q_BHTD, k_BKTD, v_BKTD, block_mask=mask, **how)
+        # Uncompiled it would hold all scores; inside a compiled block it is part of its graph.
+        compiled = torch.compiler.is_compiling()
+        flex_attention = _flex_attention if compiled else _compiled_flex_attention()
+        y_BHTD = flex_attention(q_BHTD, k_BKTD, v_BKTD, block_mask=mask, **how)
         return y_BHTD[..., : y_BHTD.shape[3] - narrow]
     is_causal = False
     # Decided here: lengths are symbols while a graph of any length is exported.

@@ -17,7 +17,7 @@ from torch import Tensor
 from bov_lightning.errors import UserError
 from bov_lightning.model.config import TransformerConfig
 from bov_lightning.model.ngrams import NOTHING, Tokens, look_up, lookup_source, text_positions
-from bov_lightning.model.offload import BankRows, HostTable, Slots
+from bov_lightning.model.offload import BankRows, HostTable, Slots, moved
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 ROW_IDS, TOKEN_IDS, STARTS = "row_ids", "token_ids", "starts"
 """Numbers of every token so far, in the order of the text: rows of value tables, ids, and whether
 it begins a document."""
+
+
+def on_device(numbers: list[int], device: torch.device) -> Tensor:
+    """Those numbers, (N,) int64; equal ones, as most are, are not even copied."""
+    if len(set(numbers)) == 1:
+        return torch.full((len(numbers),), numbers[0], dtype=torch.int64, device=device)
+    return moved(torch.tensor(numbers, dtype=torch.int64), device)
 
 
 class Step:
@@ -37,14 +44,14 @@ class Step:
         self.after = [old + new for old, new in zip(before, lengths, strict=True)]
         self.uniform = len(set(before)) == 1 and set(lengths) == {n_token}
         rows = before[:1] if self.uniform else before
-        self.before_B1 = torch.tensor(rows, device=device)[:, None]
+        self.before_B1 = on_device(rows, device)[:, None]
         self.positions_BT = self.before_B1 + torch.arange(n_token, device=device)
         """(1, T) where all rows stand at the same place."""
 
     @cached_property
     def length_column(self) -> Tensor:
         """(B, 1): new tokens of each row."""
-        return torch.tensor(self.lengths, device=self.device)[:, None]
+        return on_device(self.lengths, self.device)[:, None]
 
     def last_of(self, before: Tensor, new: Tensor) -> Tensor:
         """The last n of what each row has by now, padding left out: (B, n, ...).
@@ -102,7 +109,7 @@ class Span:
         if not self.wraps:
             return slot
         known = self.step.before if self.joins else self.step.after
-        last = torch.tensor(known[:1] if self.step.uniform else known, device=slot.device) - 1
+        last = on_device(known[:1] if self.step.uniform else known, slot.device) - 1
         return last[:, None] - (last[:, None] - slot) % self.capacity
 
     @cached_property
@@ -146,7 +153,7 @@ class Span:
         if not step.uniform:
             token, length = torch.arange(step.n_token), torch.tensor(step.lengths)[:, None]
             due = (token < length) & (token >= length - capacity)
-            rows, tokens = due.nonzero().to(step.device).unbind(1)
+            rows, tokens = moved(due.nonzero(), step.device).unbind(1)
             slots = (step.before_B1[rows, 0] + tokens) % capacity
             kept_BKSD[rows, :, slots] = x_BTKD[rows, tokens].to(kept_BKSD.dtype)
             return
@@ -344,21 +351,20 @@ class Cache:
             )
         # Ids that were sampled are right, and reading them back would make a GPU wait.
         if n_token > 1 or token_ids_BT.device.type == "cpu":
-            low, high = (int(x) for x in token_ids_BT.aminmax())
-            if low < 0 or high >= self.config.vocab_size:
-                raise UserError(
-                    f"token id {low if low < 0 else high} is outside of the vocabulary of "
-                    f"{self.config.vocab_size}"
-                )
+            self.check_ids(token_ids_BT)
+        self._lay_out(step, token_ids_BT, starts_BT)
+        return step.positions_BT
+
+    def _lay_out(self, step: Step, token_ids_BT: Tensor, starts_BT: Tensor | None) -> None:
+        """What a step reads, and where what it brings goes."""
         self._step = step
         self.tokens = self._look_up(token_ids_BT, starts_BT)
         self._fetch_rows()
         for span in self._spans.values():
             span.begin(step, self._numbers)
         for name, new in self._new_numbers(starts_BT):
-            kept_B1SR = self._numbers[name].view(n_row, 1, self.max_context, -1)
-            self._whole.write(kept_B1SR, new.reshape(n_row, n_token, 1, -1))
-        return step.positions_BT
+            kept_B1SR = self._numbers[name].view(self.batch_size, 1, self.max_context, -1)
+            self._whole.write(kept_B1SR, new.reshape(*token_ids_BT.shape, 1, -1))
 
     def _look_up(self, token_ids_BT: Tensor, starts_BT: Tensor | None) -> Tokens:
         """The new tokens with what values read of them; remembers what the next ones need."""
@@ -383,6 +389,15 @@ class Cache:
             for rows in self.rows.values():
                 rows.prefetch(new_ids)
 
+    def check_ids(self, token_ids_BT: Tensor) -> None:
+        """Refuses ids beyond the vocabulary; where they are on a GPU, this waits for it."""
+        low, high = torch.stack(token_ids_BT.aminmax()).tolist()
+        if low < 0 or high >= self.config.vocab_size:
+            raise UserError(
+                f"token id {low if low < 0 else high} is outside of the vocabulary of "
+                f"{self.config.vocab_size}"
+            )
+
     @property
     def masks(self) -> dict[int | None, Tensor | None]:
         """The step's mask of each window, (1 or B, 1, T, S)."""
@@ -398,9 +413,18 @@ class Cache:
     def finish(self) -> None:
         """Counts the step's tokens."""
         self._lengths = self._step.after
-        self.lengths = torch.tensor(self._lengths, device=self.device)
+        self.lengths = on_device(self._lengths, self.device)
         for store in self.stores:
             store.release()
+
+    def clear(self) -> None:
+        """Forgets all texts; what a step sees of its room follows from the lengths."""
+        self._lengths = [0] * self.batch_size
+        self.lengths = torch.zeros_like(self.lengths)
+        self.previous_B1C = torch.zeros_like(self.previous_B1C)
+        self.previous_ids_BR = torch.full_like(self.previous_ids_BR, NOTHING)
+        if self._count_B1 is not None:
+            self._count_B1 = torch.zeros_like(self._count_B1)
 
     def pretend(self, token_ids_BT: Tensor) -> None:
         """Counts tokens as seen without computing anything for them, for benchmarks."""

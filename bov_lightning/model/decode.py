@@ -84,7 +84,16 @@ def _of_rows(
 
 
 def attend_values(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask) -> Tensor:
-    """`attend` to kept values, faster for one new token per row on a CPU."""
+    """`attend` to kept values, faster for one new token per row on a CPU.
+
+    Under a mask on CUDA, one new token of a row takes the kernel that is split over the past, as
+    PyTorch's own is without one.
+    """
+    if q_BHTD.is_cuda and q_BHTD.shape[2] == 1 and mask is not None:
+        from bov_lightning.model.kernels import attend_kept, triton
+
+        if triton is not None:
+            return attend_kept(q_BHTD, k_BKSD, v_BKSD, mask)
     dense = v_BKSD.stride(0) == v_BKSD.stride(1) * v_BKSD.shape[1] and v_BKSD[0, 0].is_contiguous()
     if q_BHTD.shape[2] > 1 or q_BHTD.is_cuda or not dense:
         return attend(q_BHTD, k_BKSD.to(q_BHTD.dtype), v_BKSD.to(q_BHTD.dtype), mask)

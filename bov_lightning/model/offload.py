@@ -19,6 +19,13 @@ MIN_SLOTS = 256
 _threads = ThreadPoolExecutor(1, thread_name_prefix="value-rows")
 
 
+def moved(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's, on ``device``; the host waits for no GPU, as it would unpinned."""
+    if device.type != "cuda" or host.device.type == "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
+
+
 class HostTable(Protocol):
     """A table outside of the device's memory."""
 
@@ -84,7 +91,8 @@ class Slots:
         new = rows[self.slot_of_row[rows] < 0]
         slots = torch.arange(self.n_used, self.n_used + len(new))
         self.slot_of_row[new] = slots
-        self.on_device[new.to(self.device)] = slots.to(self.device)
+        if len(new):
+            self.on_device[moved(new, self.device)] = moved(slots, self.device)
         self.n_used += len(new)
         return new
 
@@ -141,6 +149,10 @@ class BankRows:
         other = BankRows(self.table, self.dtype, self.device)
         other._rows = self.wait().clone()
         other._n_used = self._n_used
+        if other._stream is not None:
+            # The copy's own stream reads these rows next, and may be the last that does.
+            other._stream.wait_stream(torch.cuda.current_stream(self.device))
+            other._rows.record_stream(other._stream)
         return other
 
     @property

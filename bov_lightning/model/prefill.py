@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bov_lightning.model.cache import Cache
+from bov_lightning.model.offload import moved
 
 if TYPE_CHECKING:
     from bov_lightning.model.transformer import Transformer
@@ -31,10 +32,10 @@ def prefill(
         whole = n_token and int(new.min()) == chunk.shape[1]
         found = model(
             chunk, cache=cache, lengths=None if whole else new,
-            positions_BP=last[:, None].to(chunk.device),
+            positions_BP=moved(last[:, None], chunk.device),
         )[:, 0]  # fmt: skip
         if logits_BV is None:
             logits_BV = found
         else:
-            logits_BV = torch.where((new > 0)[:, None].to(chunk.device), found, logits_BV)
+            logits_BV = torch.where(moved((new > 0)[:, None], chunk.device), found, logits_BV)
     return logits_BV

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bov_lightning.errors import UserError
 from bov_lightning.model.attention import (
     Mask,
+    allow_many_graphs,
     attend,
     make_masks,
     rotary_angles_at,
@@ -208,6 +209,7 @@ class Transformer(nn.Module):
         rotary = rotary_angles_at(text.begin(token_ids_BT, lengths, starts_BT), config.head_dim)
         masks = text.masks
         x_BTC = rms_norm(self.embedding(token_ids_BT) if embedded_BTC is None else embedded_BTC)
+        rotary = tuple(angle.to(x_BTC.dtype) for angle in rotary)  # once for all layers
         x_BTC = x0_BTC = self.smear(x_BTC, starts_BT, text.take_previous(x_BTC))
         layer_value = None
         for i, (block, past) in enumerate(zip(self.blocks, text.layers, strict=True)):
@@ -222,6 +224,12 @@ class Transformer(nn.Module):
         if states is not None:
             states.append(x_BTC)
         return x_BTC
+
+    def compile_blocks(self, **options) -> None:
+        """Has torch.compile, which gets ``options``, make one graph per kind of block and mode."""
+        allow_many_graphs()
+        for block in self.blocks:
+            block.compile(**options)
 
     @property
     def lookup_source(self) -> ValueSource:

@@ -93,6 +93,10 @@ class ValueSource(nn.Module):
     value_cache: ClassVar[bool] = True
     """Whether decoding must keep the layer's own values. False: `reserve` and `attend_past` say
     what it keeps instead."""
+    capturable: ClassVar[bool] = True
+    """Whether decoding one token is the same operations on the same shapes at every step, so that
+    a CUDA graph can replay them. False: its `forward` or `attend_past` reads numbers back
+    (`.item()`, `nonzero`), or counts in Python."""
     reads_keys: ClassVar[bool] = False
     """Whether values are made of the layer's keys. Without a value cache the source then keeps the
     keys itself: `attend_past` is given None for them."""
@@ -478,6 +482,11 @@ class LayerValues(nn.Module):
     @property
     def _source(self) -> ValueSource:
         return self._borrowed[0] if self._borrowed else self.source
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can replay the decoding of one token."""
+        return self._source.capturable
 
     def vectors_read(self, n_past: int) -> int:
         """How many value vectors decoding one token after ``n_past`` reads at most."""

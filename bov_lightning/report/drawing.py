@@ -96,14 +96,16 @@ def _draw(plot: Plot, legend: bool) -> Figure:
 
 def _draw_lines(axes: Axes, plot: Plot) -> None:
     size, unit = plot.x_scale
+    aside = _side_by_side(plot)
     for series in plot.series:
+        x = series.x / size * aside.get(series.row, 1.0)
         axes.plot(
-            series.x / size, series.y, color=COLOURS[colour(series.row)],
+            x, series.y, color=COLOURS[colour(series.row)],
             linestyle=_line_style(series.row, series.dashed), gid=f"row-{series.row}",
             marker="o" if plot.kind == "points" or len(series.x) == 1 else None, markersize=4,
         )  # fmt: skip
         if series.low is not None:
-            axes.vlines(series.x / size, series.low, series.high, linewidth=2,
+            axes.vlines(x, series.low, series.high, linewidth=2,
                         color=COLOURS[colour(series.row)], gid=f"row-{series.row}")  # fmt: skip
     if plot.y_limit is not None:
         low = min(float(series.y.min()) for series in plot.series)
@@ -118,25 +120,43 @@ def _draw_lines(axes: Axes, plot: Plot) -> None:
     if plot.y_name == "tokens_per_s":
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-    if plot.y_name == "multiplier":
-        _draw_multipliers(axes, plot)
+    if plot.x_name == "FLOPs" and plot.kind == "points":
+        _draw_rungs(axes, plot, aside)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=plot.x_name == "layer"))
     x_label = f"training time, {unit}" if plot.x_name == "train_seconds" else NAMES[plot.x_name]
     axes.set(xlabel=x_label, ylabel=NAMES[plot.y_name])
 
 
-def _draw_multipliers(axes: Axes, plot: Plot) -> None:
-    """Compute on a logarithmic axis; each row is named where its last point is."""
-    axes.axhline(1, color=INK, linewidth=0.8)
+def _side_by_side(plot: Plot) -> dict[int, float]:
+    """By what x of each row is multiplied, so that intervals of one rung do not hide each other."""
+    if plot.x_name != "FLOPs" or plot.kind != "points":
+        return {}
+    rows = list(dict.fromkeys(series.row for series in plot.series))
+    return {row: 1.06 ** (i - (len(rows) - 1) / 2) for i, row in enumerate(rows)}
+
+
+def _draw_rungs(axes: Axes, plot: Plot, aside: dict[int, float]) -> None:
+    """Compute on a logarithmic axis with the rungs as ticks; multipliers are named at the last."""
     axes.set_xscale("log")
+    axes.set_xticks(sorted({float(f"{x:.0e}") for series in plot.series for x in series.x}))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0e}".replace("e+", "e")))
     axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.minorticks_off()
     axes.margins(x=0.15)
+    for row, factor in aside.items():
+        points = [
+            (series.x[0] * factor, series.y[0]) for series in plot.series if series.row == row
+        ]
+        axes.plot(*zip(*points, strict=True), color=COLOURS[colour(row)], linewidth=0.8,
+                  linestyle=_line_style(row), gid=f"row-{row}")  # fmt: skip
+    if plot.y_name != "multiplier":
+        return
+    axes.axhline(1, color=INK, linewidth=0.8)
     last = {series.row: series for series in plot.series}
     for series in last.values():
         axes.annotate(
-            _shortened(series.label, 20), (series.x[-1], series.y[-1]), (6, 6),
+            _shortened(series.label, 20), (series.x[-1] * aside[series.row], series.y[-1]), (6, 6),
             textcoords="offset points", fontsize=8, color=COLOURS[colour(series.row)],
         )  # fmt: skip
 

@@ -226,7 +226,7 @@ def _draws(
         return None, []
     residuals = np.concatenate(off)
     spread = residuals.T @ residuals / degrees
-    root = np.linalg.cholesky(spread + np.eye(2) * 1e-300) if spread.any() else np.zeros((2, 2))
+    root = _root(spread)
     wider = np.sqrt(degrees / random.chisquare(degrees, n_draw))[:, None]
     curve, paired = [], []
     for rung, pair in zip(baseline, pairs, strict=True):
@@ -234,6 +234,15 @@ def _draws(
         curve.append(_mean(rung) + noise[:, 0] / math.sqrt(len(rung.losses)))
         paired.append(pair.mean(0) + noise / math.sqrt(len(pair)) if len(pair) else pair)
     return np.stack(curve, axis=1), paired
+
+
+def _root(spread: np.ndarray) -> np.ndarray:
+    """A matrix whose product with its transpose is ``spread``, which may be singular: two seeds."""
+    try:
+        return np.linalg.cholesky(spread)
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(spread)
+        return vectors * np.sqrt(np.maximum(values, 0))
 
 
 def _fit(

@@ -76,8 +76,7 @@ class BoVModule(pl.LightningModule):
         if recipe.activation_checkpointing:
             recompute_activations(self.model)
         if recipe.compile:
-            for block in self.model.blocks:
-                block.compile()
+            self.model.compile_blocks()
         if sharded:
             strategy.build(self.model, recipe.seed)
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:

@@ -154,8 +154,8 @@ def test_two_ranks_continue_bit_for_bit(tiny_recipe):
 def test_two_ranks_stop_in_the_middle_of_a_validation(tiny_recipe):
     """Lightning starts them here. Most of the time goes into validations."""
     options = ("--trainer.log_every_n_steps", "1", "--batch.micro", "1")
-    options += ("--validation.every_steps", "1", "--validation.tokens", "3000")
-    options += ("--checkpoint.every_steps", "3", "--model.budget.steps", "5")
+    options += ("--validation.every_steps", "1", "--validation.tokens", "2000")
+    options += ("--checkpoint.every_steps", "3", "--model.budget.steps", "4")
     whole = fit_on(2, tiny_recipe, "whole", *options)
     command = ["-m", "bov_lightning.cli", "fit", "--config", str(tiny_recipe), *options]
     process = start_python(*command, "--trainer.devices", "2", "--run.name", "stopped")

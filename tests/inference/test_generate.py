@@ -80,6 +80,17 @@ def test_a_batch_gives_every_prompt_what_it_gets_alone(name):
         assert logits.argmax(-1).tolist() == new
 
 
+@pytest.mark.parametrize("how", [("--temperature", "0"), ("--seed", "5")])
+def test_steps_as_on_a_gpu_give_the_same_texts(run, monkeypatch, how):
+    """Batches of two, two and one; the second uses the first one's step again."""
+    prompts = ("import ", "def read(", "f", "return path", "from")
+    options = [x for prompt in prompts for x in ("--prompt", prompt)]
+    options += ["--batch-size", "2", *how]
+    expected = run(*options)
+    monkeypatch.setattr("bov_lightning.inference.generate.pays_static", lambda cache: True)
+    assert run(*options) == expected
+
+
 def test_rows_end_one_by_one_and_others_go_on():
     model = perturb(make_model(OVERLAYS["bov"]), smear=0.9)
     prompts = prompts_of([5, 9])

@@ -43,8 +43,54 @@ def test_the_kernel_equals_the_reference(
         mask[..., -1] = True
     arguments = [q, room[:, :, :n_past], ids, table, mask]
     arguments = [None if x is None else x.to(device) for x in arguments]
-    found = kernels.attend_fused(*arguments)
-    assert torch.allclose(found, attend_gathered(*arguments), atol=1e-5)
+    expected = attend_gathered(*arguments)
+    assert torch.allclose(kernels.attend_fused(*arguments), expected, atol=1e-5)
+    q, k, ids, table, mask = arguments
+    kept = table[ids].unflatten(-1, (heads[1], -1)).transpose(1, 2)
+    assert torch.allclose(kernels.attend_kept(q, k, kept, mask), expected, atol=1e-5)
+
+
+class Recorder:
+    """A kernel, and with what it was called: all that decides whether it is compiled again."""
+
+    def __init__(self, kernel):
+        self.kernel, self.kinds = kernel, set()
+        options = getattr(kernel, "kwargs", None) or vars(kernel)
+        self.growing = options["do_not_specialize"]
+        self.moving = options.get("do_not_specialize_on_alignment") or []
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            names = self.kernel.arg_names
+            kinds = [
+                ("growing", name) if name in self.growing
+                else (name, x.dtype, name in self.moving or x.data_ptr() % 16 == 0)
+                if isinstance(x, torch.Tensor)
+                # Triton compiles ones, and multiples of 16, apart.
+                else (name, type(x), x == 1, x % 16 == 0)
+                for name, x in zip(names, args, strict=False)
+            ]  # fmt: skip
+            self.kinds.add((*kinds, *constants.items()))
+            return self.kernel[grid](*args, **constants)
+
+        return launch
+
+
+def test_kernels_are_compiled_once_whatever_the_length_is(monkeypatch, device):
+    recorders = [Recorder(kernels.attend_split), Recorder(kernels.join_parts)]
+    monkeypatch.setattr(kernels, "attend_split", recorders[0])
+    monkeypatch.setattr(kernels, "join_parts", recorders[1])
+    monkeypatch.setattr(kernels, "PROGRAMS", 8)
+    q, k = torch.randn(2, 2, 1, 16), torch.randn(2, 2, 260, 16)
+    ids, table = torch.randint(0, 40, (2, 260)), torch.randn(40, 32)
+    mask = torch.ones(2, 1, 1, 260, dtype=torch.bool)
+    q, k, ids, table, mask = (x.to(device) for x in (q, k, ids, table, mask))
+    for n_past in (1, 2, 15, 16, 17, 64, 128, 259):
+        # The last so many, as a window has them.
+        arguments = (q, k[:, :, 260 - n_past :], ids[:, 260 - n_past :], table)
+        for seen in (None, mask[..., 260 - n_past :]):
+            kernels.attend_fused(*arguments, seen)
+    assert [len(recorder.kinds) for recorder in recorders] == [2, 1]
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.5), (2.0, -1.0, 0.25), (0.5,)])

@@ -84,7 +84,7 @@ def test_rotations_gradient_is_that_of_the_definition(n_row, n_token, half):
     x, direction = random(n_row, n_token, 2, 2 * half), random(n_row, n_token, 2, 2 * half, seed=1)
     cos, sin = rotary_angles_at(torch.arange(n_token), 2 * half)
     x1, x2 = x.chunk(2, dim=-1)
-    by_token, turn = cos[:, None], sin[:, None]
+    by_token, turn = cos[..., :half], sin[..., :half]
     expected = torch.cat((x1 * by_token + x2 * turn, x2 * by_token - x1 * turn), dim=-1)
     found = rotate(x, cos, sin)
     torch.testing.assert_close(found, expected)

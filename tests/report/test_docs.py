@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,36 @@ from report_material import read_csv
 
 import bov_lightning
 from bov_lightning.cli import main
+from bov_lightning.recipe.ladder import read_ladder
+from bov_lightning.report.ladder_report import Study
+from bov_lightning.report.ladder_results import read_results, read_speeds
 
 DOCS = (REPOSITORY / "docs" / "report.md").read_text(encoding="utf-8")
+
+
+LADDER = REPOSITORY / "docs" / "results" / "ladder"
+
+
+@pytest.mark.skipif(not (LADDER / "runs.csv").is_file(), reason="the ladder was not run")
+def test_the_ladder_s_report_is_that_of_its_lines_and_the_readme_quotes_it(workplace):
+    """From runs.csv and speed.csv alone."""
+    folder = workplace / "ladder"
+    shutil.copytree(LADDER, folder)
+    assert main(["sweep", "--ladder", str(folder / "ladder.yaml"), "--report"]) == 0
+    committed = (LADDER / "report.md").read_text(encoding="utf-8")
+    assert (folder / "report.md").read_text(encoding="utf-8") == committed
+    study = Study(
+        read_ladder(LADDER / "ladder.yaml"), list(read_results(LADDER).values()),
+        read_speeds(LADDER),
+    )  # fmt: skip
+    readme = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
+    assert f"**{study.verdict().word}**" in readme
+    assert "docs/results/ladder/multiplier.png" in readme
+    # Every rung's multipliers, as the report has them.
+    rules = study.ladder.verdict
+    for control in rules.controls:
+        for rung in study.compared(rules.arm, control)[1].rungs:
+            assert f"{rung.equal_flops.value:.2f}" in readme
 
 
 @pytest.mark.slow

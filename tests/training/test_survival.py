@@ -179,7 +179,7 @@ def test_signals_lose_no_step_wherever_they_come(number, code, tiny_recipe):
     stopped, chance, n_stop = Path("runs/stopped"), random.Random(int(number)), 0
     # An interpreter that imports torch when the first signal comes; forks are further then.
     start = interpreter if number == signal.SIGUSR1 else Bov
-    while newest(stopped) < 60 and n_stop < 4:
+    while newest(stopped) < 60 and n_stop < 3:
         before, n_row = newest(stopped), len(rows_of(stopped))
         process = start(*command(tiny_recipe, "stopped", *LONGER))
         while n_stop and len(rows_of(stopped)) <= n_row and process.poll() is None:

@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from bov_lightning.console import say
-from bov_lightning.errors import UserError
+from bov_lightning.errors import DivergedError
 from bov_lightning.recipe.sections import GuardConfig
 
 
@@ -66,7 +66,7 @@ class LossGuard(Callback):
 
     def _skipped(self, trainer: Trainer) -> None:
         if self.n_skipped_in_row >= self.config.max_skipped_steps:
-            raise UserError(
+            raise DivergedError(
                 f"the gradients of {self.n_skipped_in_row} steps in a row, up to step {self.step}, "
                 "are not finite: lower the learning rates (model.optimizer) or look at the data "
                 "there; guard.max_skipped_steps is the limit"

@@ -1,0 +1,127 @@
+"""The paths of a GPU, without one: every variant trains and decodes in tensors on "cuda".
+
+What is left on the CPU, waits for the GPU, or takes a way that is the CPU's, is found here.
+"""
+
+from contextlib import suppress
+
+import pytest
+import torch
+from fake_gpu import CUDA, fake_gpu
+from variants import OVERLAYS, make_model, mostly_slow
+
+from bov_lightning.inference.graph import FixedCache
+from bov_lightning.model import matmul
+from bov_lightning.model.values import BankOfValues
+from bov_lightning.optim.config import OptimizerConfig
+from bov_lightning.optim.groups import build_groups
+from bov_lightning.optim.muon_adamw import MuonAdamW
+
+FAST = {"bov"}
+
+
+def model_on_cuda(name: str, **shape):
+    with torch.device(CUDA):
+        return make_model(OVERLAYS[name], n_layer=3, **shape)
+
+
+def cpu_products(watch) -> list[str]:
+    """Operations of the CPU's other library."""
+    names = ("mkldnn", f"{matmul.OPERATORS}.multiply")
+    return [found for found in watch.operations if found.startswith(names)]
+
+
+def train(model, n_micro: int = 1) -> None:
+    """A step as `BoVModule` and Lightning take it."""
+    groups = build_groups(model, OptimizerConfig(), model.config, 0)
+    optimizer = MuonAdamW(groups)
+    rows = torch.zeros(2, 141, dtype=torch.int64, device=CUDA)
+    for _ in range(n_micro):
+        (model(rows[:, :-1], rows[:, 1:]) / n_micro).backward()
+    optimizer.step()
+    assert optimizer.n_skipped == 0
+    tensors = [*model.parameters(), *(p.grad for p in model.parameters())]
+    tensors += [t for state in optimizer.state.values() for t in state.values()]
+    assert {t.device for t in tensors} == {CUDA}
+
+
+@pytest.mark.parametrize("name", mostly_slow(OVERLAYS, FAST))
+def test_a_step_of_training_waits_for_the_gpu_once(monkeypatch, name):
+    """The optimizer reads the gradients' norm; nothing else does, and nothing lies on the CPU."""
+    first = name in FAST
+    # As on a machine whose CPU would multiply by oneDNN.
+    monkeypatch.setattr(matmul, "ONEDNN_IS_FASTER", True)
+    with fake_gpu() as watch:
+        model = model_on_cuda(name, document_start=0 if first else None)
+        watch.waits.clear()  # weights are drawn on the CPU
+        train(model, n_micro=1 + first)
+    assert watch.waits == ["item"]
+    assert not cpu_products(watch)
+
+
+@pytest.mark.parametrize("name", mostly_slow(OVERLAYS, FAST))
+def test_decoding_a_token_waits_for_nothing(name):
+    """So that a CUDA graph can hold the step; the eager one does not wait either."""
+    with fake_gpu() as watch, torch.no_grad():
+        model = model_on_cuda(name)
+        for document_start in (None, 0) if name in FAST else (None,):
+            model.config.__dict__["document_start"] = document_start
+            cache = model.new_cache(2, 200)
+            ids = torch.zeros(2, 140, dtype=torch.int64, device=CUDA)
+            model(ids, cache=cache)
+            watch.waits.clear()
+            model(ids[:, :1], cache=cache)
+            fixed = FixedCache(cache)  # what a `StaticStep` captures
+            fixed.take_over()
+            assert model(ids[:, :1], cache=fixed).device == CUDA
+            assert watch.waits == []
+
+
+def test_what_lies_on_the_cpu_is_found(monkeypatch):
+    def of_the_cpu(bank, inputs, projection):
+        scale = torch.ones(bank.table.shape[1])
+        return torch.nn.functional.embedding(inputs.token_ids, bank.table) * scale
+
+    with fake_gpu():
+        model = model_on_cuda("bov")
+        monkeypatch.setattr(BankOfValues, "forward", of_the_cpu)
+        with pytest.raises(RuntimeError, match="cpu"):
+            train(model)
+
+
+def test_products_of_the_cpu_are_found(monkeypatch):
+    monkeypatch.setattr(matmul, "ONEDNN_IS_FASTER", True)
+    monkeypatch.setattr(matmul, "_is_fp32_on_cpu", lambda x: True)
+    with fake_gpu() as watch:
+        train(model_on_cuda("standard"))
+    assert cpu_products(watch) == ["mkldnn._linear_pointwise"]
+
+
+@pytest.mark.parametrize(
+    ("wait", "found"),
+    [
+        (lambda x: x.sum().item(), "item"),
+        (lambda x: x.nonzero(), "nonzero"),
+        (lambda x: x[x > 0], "an index that is a mask"),
+        (lambda x: x[torch.tensor([0])], "an index on the CPU"),
+        (lambda x: x.cpu(), "a copy to the CPU"),
+        (lambda x: torch.tensor([1.0], device=x.device), "a copy to the GPU"),
+        (lambda x: torch.ones(3).to(x.device, non_blocking=True), "a copy to the GPU"),
+        (lambda x: torch.ones(3).pin_memory().to(x.device), "a copy to the GPU"),
+    ],
+)
+def test_what_waits_is_found(wait, found):
+    with fake_gpu() as watch:
+        x = torch.ones(3, device=CUDA)
+        # Some give what a fake tensor cannot know.
+        with suppress(RuntimeError):
+            wait(x)
+        assert watch.waits == [found]
+
+
+def test_what_does_not_wait_is_not_found():
+    with fake_gpu() as watch:
+        x = torch.ones(3, device=CUDA)
+        x += torch.ones(3).pin_memory().to(CUDA, non_blocking=True)
+        x[torch.zeros(2, dtype=torch.int64, device=CUDA)] = 2.0
+        assert watch.waits == []
