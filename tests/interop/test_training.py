@@ -132,7 +132,7 @@ def test_prompts_are_tuned_where_values_need_no_ids():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bov", "standard", "low_rank_bank"])
+@pytest.mark.parametrize("name", ["ngram_bank", "standard", "low_rank_bank"])
 @torch.no_grad()
 def test_a_graph_of_any_length_is_exported(name):
     """Whole, longer than any window, and packed; with torch's own operators alone."""

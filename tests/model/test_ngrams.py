@@ -285,6 +285,20 @@ def test_one_prefix_has_many_continuations():
     assert (found - expected).abs().max() < 1e-4
 
 
+@torch.no_grad()
+def test_a_text_that_is_only_counted_leaves_the_same_numbers():
+    model, ids = model_of("frequent", document_start=START), token_ids(150, vocab_size=9)
+    real, counted = model.new_cache(2, 160), model.new_cache(2, 160)
+    model(ids, cache=real)
+    counted.pretend(ids)
+    more = token_ids(3, vocab_size=9)
+    model(more, cache=real), model(more, cache=counted)
+    assert torch.equal(real.lengths, counted.lengths)
+    assert torch.equal(real.previous_ids_BR, counted.previous_ids_BR)
+    assert torch.equal(real.layers[5].row_ids, counted.layers[5].row_ids)
+    assert torch.equal(real.masks[None], counted.masks[None])
+
+
 def write(folder, name: str, **shape):
     model = model_of(name, **shape)
     write_checkpoint(folder / "checkpoint", 1, model.state_dict(), config_yaml(model.config))

@@ -10,7 +10,9 @@ from bov_lightning.cli import main
 from bov_lightning.planning.decoding import inference_plan
 
 
-@pytest.mark.parametrize("name", ["standard", "bov", "first_layer_every", "bov_shared_table"])
+@pytest.mark.parametrize(
+    "name", ["standard", "bov", "first_layer_every", "bov_shared_table", "ngram_bank"]
+)
 def test_planned_bytes_are_those_of_real_tensors(name):
     model = make_model(OVERLAYS[name])
     plan = inference_plan(model.config, 3, 700)
