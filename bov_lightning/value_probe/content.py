@@ -77,27 +77,31 @@ def as_text(result: ProbeResult) -> str:
         f"{result.name}: {result.make} of {result.n_layer} layers, {result.nats:.3f} nats per "
         f"token on {result.tokens['measured']:,} held-out tokens",
         "going with those above it                                     alone",
-        "layer      nats  +- error       KL  same token  saved     nats  explained",
+        "layer      nats  +- error       KL  same token   saved     nats  explained",
     ]
     layers = {layer.layer: layer for layer in result.layers}
     for found in result.curve:
-        layer, cost = layers[found.layers[-1]], found.cost
+        layer = layers[found.layers[-1]]
         lines.append(
-            f"{layer.layer:5d}  {_costs(cost)}  {found.saved_share:5.1%}  {layer.cost.nats:7.4f}"
-            f"     {layer.explained:6.1%}"
+            f"{layer.layer:5d}{_costs(found)}{_number(layer.cost.nats, 9)}     "
+            f"{layer.explained:6.1%}"
         )
     third = result.last_third
-    lines.append(
-        f"the last third, {third.layers[0]} to {third.layers[-1]}:"
-        f"\n       {_costs(third.cost)}  {third.saved_share:5.1%}"
-    )
+    lines.append(f"the last third, {third.layers[0]} to {third.layers[-1]}:\n     {_costs(third)}")
     return "\n".join(lines)
 
 
-def _costs(cost: Cost) -> str:
+def _costs(found: SetResult) -> str:
+    cost = found.cost
     return (
-        f"{cost.nats:8.4f}  {cost.standard_error:8.4f}  {cost.kl:7.4f}      {cost.agreement:6.1%}"
+        f"{_number(cost.nats, 10)}{_number(cost.standard_error, 10)}{_number(cost.kl, 9)}"
+        f"{cost.agreement:12.1%}{found.saved_share:8.1%}"
     )
+
+
+def _number(value: float, width: int) -> str:
+    """To four decimals; less than half of the last one is no minus."""
+    return f"{round(value, 4) + 0.0:{width}.4f}"
 
 
 def _in_a_line(result: ProbeResult) -> str:
