@@ -7,7 +7,6 @@ on the CPU.
 import contextlib
 import csv
 import io
-import io
 import os
 import re
 import shutil

@@ -6,7 +6,6 @@ Where this version has `bov sweep --ladder`. In a dry run only the plan is made.
 import contextlib
 import csv
 import io
-import io
 import subprocess
 import sys
 from pathlib import Path

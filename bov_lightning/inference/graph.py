@@ -216,8 +216,9 @@ class StaticStep:
                 self._result = self._compute()
         except RuntimeError as error:
             source = self.cache.config.value.source
+            reason, *_ = str(error).split("\n")
             raise UserError(
-                f"the step cannot be captured as a CUDA graph ({str(error).partition("\n")[0]}): a "
+                f"the step cannot be captured as a CUDA graph ({reason}): a "
                 f"value source that waits for the device says capturable = False (here: {source})"
             ) from error
         self._graph = graph
