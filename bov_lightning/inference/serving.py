@@ -20,9 +20,7 @@ from bov_lightning.errors import UserError
 from bov_lightning.interop.hf_export import export
 from bov_lightning.interop.hf_import import is_export, read_export
 from bov_lightning.kinds import home
-
-SERIES = "0.32"
-"""The minor version of vLLM that serving/vllm is made for."""
+from bov_lightning.upstream import VLLM
 
 INSTALL = "make install-serving in bov-lightning's folder, or see docs/serving.md"
 
@@ -82,9 +80,9 @@ def find_python(given: Path | None) -> Path:
     found = json.loads(asked.stdout.splitlines()[-1])
     if found["vllm"] is None:
         raise UserError(f"{python} has no vLLM: {INSTALL}")
-    if not found["vllm"].startswith(f"{SERIES}."):
+    if not found["vllm"].startswith(f"{VLLM}."):
         raise UserError(
-            f"{python} has vLLM {found['vllm']}, and bov-vllm is made for {SERIES}: {INSTALL}"
+            f"{python} has vLLM {found['vllm']}, and bov-vllm is made for {VLLM}: {INSTALL}"
         )
     if missing := [name for name in ("bov-vllm", "bov-lightning") if not found[name]]:
         raise UserError(f"{python} has vLLM, but not {missing[0]}: {INSTALL}")

@@ -6,12 +6,10 @@ import vllm
 
 from bov_lightning.errors import UserError
 from bov_lightning.model.config import TransformerConfig
+from bov_lightning.upstream import VLLM
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
-
-SERIES = "0.32"
-"""The minor version of vLLM whose inner parts this package knows."""
 
 KINDS = ("stored", "keys")
 """What ``bov_values`` of a configuration may be: see `bov_vllm.model.kind_of_pages`."""
@@ -19,9 +17,9 @@ KINDS = ("stored", "keys")
 
 def check_version(found: str) -> None:
     """Refuses another minor version, whose inner parts may have another meaning."""
-    if not found.startswith(f"{SERIES}."):
+    if not found.startswith(f"{VLLM}."):
         raise UserError(
-            f"bov-vllm serves with vLLM {SERIES}, not {found}: pip install 'vllm=={SERIES}.*', or a "
+            f"bov-vllm serves with vLLM {VLLM}, not {found}: pip install 'vllm=={VLLM}.*', or a "
             "bov-vllm that belongs to it"
         )
 
