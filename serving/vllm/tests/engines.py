@@ -1,5 +1,6 @@
 """vLLM's engine in this process, and its answers against the network's own forward pass."""
 
+import functools
 import gc
 from collections import Counter
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import torch
 from vllm import LLM, RequestOutput, SamplingParams
+from vllm.platforms import current_platform
 
 from bov_lightning.model.transformer import Transformer
 
@@ -22,6 +24,13 @@ BLOCK = 32
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1,
          "prompt_lookup_max": 3}  # fmt: skip
+
+
+# Once is enough for a process, and a second time it stumbles over what n-gram drafts have imported.
+PLATFORM = type(current_platform)
+PLATFORM.register_triton_kernel_overrides = staticmethod(
+    functools.cache(PLATFORM.register_triton_kernel_overrides)
+)
 
 
 class Engine:
