@@ -238,6 +238,13 @@ class LayerValues(nn.Module):
         """Whether decoding must keep this layer's own values."""
         return self.add_context or self._source.value_cache
 
+    @property
+    def bank(self) -> BankOfValues | None:
+        """The table whose rows, times one number, are this layer's values; None: there is more to
+        them, so that ids are not enough."""
+        is_bank = isinstance(self._source, BankOfValues) and not self.add_context
+        return self._source if is_bank else None
+
     def vectors_read(self, n_past: int) -> int:
         """How many value vectors decoding one token after ``n_past`` reads at most."""
         return n_past if self.value_cache else self._source.vectors_read(n_past)
