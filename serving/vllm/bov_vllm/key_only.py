@@ -6,17 +6,18 @@ slot, once for all layers that share a page table.
 """
 
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from vllm.model_executor.layers.attention import Attention
+from torch import Tensor
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from bov_lightning.model.attention import attention_scale
+from bov_lightning.model.config import TransformerConfig
 from bov_lightning.model.kernels import attend_pages_fused, token_spans
+from bov_lightning.model.values import BankOfValues
 from bov_vllm.key_only_arithmetic import (
     Request,
     Scratch,
@@ -24,6 +25,10 @@ from bov_vllm.key_only_arithmetic import (
     requests_of,
     write_slots,
 )
+from bov_vllm.pages import PagedLayer
+
+if TYPE_CHECKING:
+    from vllm.config import CacheConfig
 
 NAME = "BOV_KEY_ONLY"
 """What vLLM knows the backend by."""
@@ -47,15 +52,15 @@ class PageIds:
 class KeyOnlyMetadata:
     """A step's requests, for all key-only layers that share a page table."""
 
-    n_token: int
-    query_start: Tensor
+    num_actual_tokens: int
+    query_start_loc: Tensor
     """(R + 1,) int32: rows at which the requests' new tokens start."""
-    n_past: Tensor
+    seq_lens: Tensor
     """(R,) int32: tokens of each request, the new ones included."""
-    page_table: Tensor
-    """(R, M) int32."""
-    slots: Tensor
-    """(n_token,) int64: where the new tokens' keys go."""
+    block_table: Tensor
+    """(R, M) int32: the pages of each request."""
+    slot_mapping: Tensor
+    """(new tokens,) int64: where their keys go."""
     page_ids: PageIds
     scratch: Scratch
     ids_written: bool = False
@@ -66,15 +71,16 @@ class KeyOnlyMetadata:
         """The same on a CPU, where shapes may depend on it."""
         if self._requests is None:
             self._requests = requests_of(
-                self.query_start.tolist(), self.n_past.tolist(), self.page_table, n_slot
+                self.query_start_loc.tolist(), self.seq_lens.tolist(), self.block_table, n_slot
             )
         return self._requests
 
     def spans(self, window: int | None) -> Tensor:
         """What each new token sees, as `bov_lightning.model.kernels` wants it."""
         if window not in self._spans:
-            spans = token_spans(self.n_token, self.query_start, self.n_past, window)
-            self._spans[window] = spans
+            self._spans[window] = token_spans(
+                self.num_actual_tokens, self.query_start_loc, self.seq_lens, window
+            )
         return self._spans[window]
 
 
@@ -88,11 +94,11 @@ class KeyOnlyMetadataBuilder(AttentionMetadataBuilder[KeyOnlyMetadata]):
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
         common = common_attn_metadata
         return KeyOnlyMetadata(
-            n_token=common.num_actual_tokens,
-            query_start=common.query_start_loc[: common.num_reqs + 1],
-            n_past=common.seq_lens[: common.num_reqs],
-            page_table=common.block_table_tensor[: common.num_reqs],
-            slots=common.slot_mapping[: common.num_actual_tokens],
+            num_actual_tokens=common.num_actual_tokens,
+            query_start_loc=common.query_start_loc[: common.num_reqs + 1],
+            seq_lens=common.seq_lens[: common.num_reqs],
+            block_table=common.block_table_tensor[: common.num_reqs],
+            slot_mapping=common.slot_mapping[: common.num_actual_tokens],
             page_ids=self.page_ids,
             scratch=self.scratch,
         )
@@ -151,17 +157,17 @@ class KeyOnlyImpl(AttentionImpl[KeyOnlyMetadata]):
         """``value`` holds the token ids, (T,)."""
         if attn_metadata is None:
             return output
-        step, n_token = attn_metadata, attn_metadata.n_token
+        step, n_token = attn_metadata, attn_metadata.num_actual_tokens
         page_ids = step.page_ids.beside(kv_cache)
         write_slots(
-            key[:n_token], None if step.ids_written else value[:n_token], step.slots,
+            key[:n_token], None if step.ids_written else value[:n_token], step.slot_mapping,
             kv_cache, page_ids,
         )  # fmt: skip
         step.ids_written = True
         q, table = query[:n_token], layer.table
         if kv_cache.is_cuda:
             output[:n_token] = attend_pages_fused(
-                q, kv_cache, page_ids, table, step.spans(self.window), step.page_table, self.scale
+                q, kv_cache, page_ids, table, step.spans(self.window), step.block_table, self.scale
             )
         else:
             attend_pages(
@@ -171,44 +177,35 @@ class KeyOnlyImpl(AttentionImpl[KeyOnlyMetadata]):
         return output
 
 
-class KeyOnlyAttention(Attention):
-    """An attention layer whose pages hold keys alone."""
+class KeyOnly(PagedLayer):
+    """Pages of keys alone."""
 
     def __init__(
-        self, bank: nn.Module, num_heads: int, head_size: int, num_kv_heads: int,
-        window: int | None, cache_config, prefix: str,
+        self, bank: BankOfValues, config: TransformerConfig, window: int | None,
+        cache_config: "CacheConfig", prefix: str,
     ):  # fmt: skip
-        """``bank`` has the table (token ids, K*D); ``window`` as in `Block`."""
+        """``bank`` has the rows that values are; all else as `PagedLayer`."""
         if NAME not in AttentionBackendEnum.__members__:
             path = f"{KeyOnlyBackend.__module__}.{KeyOnlyBackend.__qualname__}"
             AttentionBackendEnum.register(NAME, path)
-        super().__init__(
-            num_heads, head_size, attention_scale(head_size), num_kv_heads,
-            cache_config=cache_config,
-            per_layer_sliding_window=None if window is None else window + 1,
-            attn_backend=KeyOnlyBackend,
-            prefix=prefix,
-        )  # fmt: skip
+        super().__init__(config, window, cache_config, prefix, attn_backend=KeyOnlyBackend)
         # A tuple hides it from PyTorch: its layer values own it.
         self._bank = (bank,)
 
     @property
     def table(self) -> Tensor:
-        """The rows that values are."""
+        """(token ids, K*D): the bank's rows."""
         return self._bank[0].table
 
-    def forward(self, query: Tensor, key: Tensor, token_ids: Tensor) -> Tensor:
-        """(T, H*D) of queries (T, H*D), keys (T, K*D) and token ids (T,) of the new tokens."""
-        output = torch.empty_like(query)
+    def attend(self, values, inputs, q_BTHD, k_BTKD, mask):
+        q_NHD, k_NKD = q_BTHD[:, 0], k_BTKD[:, 0]
+        y_NHD = torch.empty_like(q_NHD)
+        # vLLM's own operator, at which it cuts graphs for CUDA: ids are in the place of values.
         torch.ops.vllm.unified_attention_with_output(
-            query.view(-1, self.num_heads, self.head_size),
-            key.view(-1, self.num_kv_heads, self.head_size),
-            token_ids,
-            output.view(-1, self.num_heads, self.head_size),
-            _encode_layer_name(self.layer_name),
+            q_NHD, k_NKD, inputs.token_ids[:, 0], y_NHD, _encode_layer_name(self.layer_name)
         )
-        return output
+        return values.scale * y_NHD[:, :, None], None
 
     def get_kv_cache_spec(self, vllm_config):
-        """Pages of keys alone."""
+        """What a page holds: no values."""
         return replace(super().get_kv_cache_spec(vllm_config), head_size_v=0)
