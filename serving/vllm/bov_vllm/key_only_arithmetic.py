@@ -5,13 +5,14 @@ every slot, and the value of a slot is the table's row of that id. New keys and 
 before this reads them, so that a request's new tokens are the last ones of its past.
 
 A few new tokens (decoding, drafts) read the keys where they lie. For many (prefill) keys and values
-are written to a scratch buffer, a piece of the past at a time, which all of them share.
+are written to scratch memory, which all of them share, and go through a kernel for dense attention:
+torch's here, vLLM's own in `bov_vllm.key_only`.
 
 Shapes: T new tokens of all requests, n new tokens and S tokens in all of one request, H query
 heads, K key-value heads, G = H / K, D head dimension, N pages of P slots.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -41,6 +42,15 @@ class Request:
     runs: list[tuple[int, int, int]]
     """The same as stretches that lie one behind the other: place in the text and number of the
     first page, and how many."""
+    kept: dict = field(default_factory=dict)
+    """What a kernel works out once for all layers of the step."""
+
+    def runs_from(self, first: int) -> Iterator[tuple[int, slice]]:
+        """`runs` without the ``first`` pages: places after these, and numbers."""
+        for place, page, n_run in self.runs:
+            skipped = min(max(0, first - place), n_run)
+            if skipped < n_run:
+                yield place + skipped - first, slice(page + skipped, page + n_run)
 
     def seen_from(self, window: int | None) -> int:
         """Position of the first token that any of the new ones sees."""
@@ -103,6 +113,7 @@ def write_slots(
 def attend_pages(
     q_THD: Tensor, pages_NKPD: Tensor, page_ids_NP: Tensor, table: Tensor, requests: list[Request],
     window: int | None, scale: float, out_THD: Tensor, scratch: Scratch,
+    attend_many: Callable | None = None,
 ) -> None:  # fmt: skip
     """Writes the attention of all new tokens to ``out_THD``, in its dtype.
 
@@ -110,20 +121,23 @@ def attend_pages(
         table: (token ids, K*D), in the dtype of the queries.
         window: how many tokens to its left each token sees besides itself; None: all.
         scale: what products of queries and keys are multiplied by.
+        attend_many: what does it for many new tokens of a request; `attend_in_pieces` if None.
     """
     for request in requests:
         new = slice(request.first, request.first + request.n_new)
         ids_S = page_ids_NP[request.pages].flatten()[: request.n_token]
-        attend = _attend_in_place if request.n_new <= FEW_NEW else _attend_in_pieces
+        many = attend_many or attend_in_pieces
+        attend = attend_in_place if request.n_new <= FEW_NEW else many
         attend(
             q_THD[new], pages_NKPD, ids_S, table, request, window, scale, out_THD[new], scratch
         )
 
 
-def _attend_in_place(
+def attend_in_place(
     q: Tensor, pages: Tensor, ids_S: Tensor, table: Tensor, request: Request,
     window: int | None, scale: float, out: Tensor, scratch: Scratch,
 ) -> None:  # fmt: skip
+    """`attend_pages` of one request, whose ids are ``ids_S``: keys are read where they lie."""
     n_new, n_head, head_dim = q.shape
     _, n_kv_head, n_slot, _ = pages.shape
     group = n_head // n_kv_head
@@ -133,12 +147,9 @@ def _attend_in_place(
     n_page = len(request.pages) - first_page
     shape = (n_page, n_kv_head, n_slot, n_new * group)
     score = scratch.take("scores", shape, torch.float32)
-    for place, page, n_run in request.runs:
-        skipped = max(0, first_page - place)
-        if skipped < n_run:
-            at = place + skipped - first_page
-            keys = pages[page + skipped : page + n_run]
-            score[at : at + len(keys)] = scores(q_1KGD.expand(len(keys), -1, -1, -1), keys)
+    for place, run in request.runs_from(first_page):
+        keys = pages[run]
+        score[place : place + len(keys)] = scores(q_1KGD.expand(len(keys), -1, -1, -1), keys)
     begin = start - first_page * n_slot
     score_KnGS = score.permute(1, 3, 0, 2).reshape(n_kv_head, n_new, group, -1)
     score_KnGS = score_KnGS[..., begin : begin + request.n_token - start] * scale
@@ -182,18 +193,17 @@ def _keys(pages: Tensor, request: Request, low: int, high: int, scratch: Scratch
     _, n_kv_head, n_slot, head_dim = pages.shape
     first, last = low // n_slot, -(-high // n_slot)
     keys = scratch.take("keys", (n_kv_head, last - first, n_slot, head_dim), pages.dtype)
-    for place, page, n_run in request.runs:
-        begin, end = max(place, first), min(place + n_run, last)
-        if begin < end:
-            run = pages[page + begin - place : page + end - place]
-            keys[:, begin - first : end - first] = run.transpose(0, 1)
+    for place, run in request.runs_from(first):
+        run_KnPD = pages[run][: max(0, last - first - place)].transpose(0, 1)
+        keys[:, place : place + run_KnPD.shape[1]] = run_KnPD
     return keys.flatten(1, 2)[:, low - first * n_slot : high - first * n_slot]
 
 
-def _attend_in_pieces(
+def attend_in_pieces(
     q: Tensor, pages: Tensor, ids_S: Tensor, table: Tensor, request: Request,
     window: int | None, scale: float, out: Tensor, scratch: Scratch,
 ) -> None:  # fmt: skip
+    """The same for many new tokens, by torch's kernel: a piece of the past at a time."""
     n_kv_head, n_token = pages.shape[1], request.n_token
     before = n_token - request.n_new
     # One key-value head is a row of the batch, so that its query heads share its keys unrepeated.
