@@ -89,11 +89,11 @@ def one_layer(
     slots = torch.arange(n_page * n_slot)
     ids = zipf_ids(len(slots), generator)
     for _ in range(n_layer):
-        keys = torch.empty(n_page, n_kv_head, n_slot, head_dim, dtype=dtype)
+        keys = torch.empty(n_page, n_kv_head, head_dim, n_slot, dtype=dtype)
         stored = torch.empty(n_page, n_kv_head, 2 * n_slot, head_dim, dtype=dtype)
         for chunk in slots.split(4096):
             new = torch.randn(len(chunk), n_kv_head, head_dim).to(dtype)
-            write_slots(new, ids[chunk], chunk, keys, page_ids)
+            write_slots(new, ids[chunk], chunk, keys.mT, page_ids)
             values = table[ids[chunk]].unflatten(1, (n_kv_head, head_dim))
             ops.cpu_attn_reshape_and_cache(new, values, *stored.chunk(2, dim=2), chunk, isa)
         layers.append((keys, *stored.chunk(2, dim=2)))

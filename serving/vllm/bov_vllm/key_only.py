@@ -147,7 +147,7 @@ def attend_by_vllm(
 ) -> None:  # fmt: skip
     """`attend_in_pieces` by vLLM's kernel for CPUs, whose pages hold keys (D, P) and values (P, D)
     of each head: those of one layer and request lie in scratch memory meanwhile."""
-    _, n_kv_head, n_slot, head_dim = pages.shape
+    _, n_kv_head, head_dim, n_slot = pages.shape
     first_page = request.seen_from(window) // n_slot
     n_page = len(request.pages) - first_page
     n_token = request.n_token - first_page * n_slot
@@ -165,9 +165,8 @@ def attend_by_vllm(
     rows, starts, lengths, plan, table_of_pages = kept
     shape = (n_page, n_kv_head, n_slot, head_dim)
     keys, values = (scratch.take(f"vllm {name}", shape, q.dtype) for name in ("keys", "values"))
-    for place, run in request.runs_from(first_page):
-        run_nKDP = pages[run].mT
-        keys.view(*shape[:2], head_dim, n_slot)[place : place + len(run_nKDP)] = run_nKDP
+    as_pages = keys.view(-1, *pages.shape[1:])
+    torch.index_select(pages, 0, request.pages[first_page:], out=as_pages)
     torch.index_select(table.view(-1, head_dim), 0, rows, out=values.view(-1, head_dim))
     ops.cpu_attention_with_kv_cache(
         q, keys, values, out, starts, lengths, scale, True, None, sliding_window(window) or -1,
@@ -205,9 +204,13 @@ class KeyOnlyImpl(AttentionImpl[KeyOnlyMetadata]):
             return output
         step, n_token = attn_metadata, attn_metadata.num_actual_tokens
         page_ids = step.page_ids.beside(kv_cache)
+        pages = kv_cache
+        if not kv_cache.is_cuda:
+            # (D, P) within a head; both are views of the same memory.
+            pages = kv_cache.view(*kv_cache.shape[:2], self.head_size, -1).mT
         write_slots(
             key[:n_token], None if step.ids_written else value[:n_token], step.slot_mapping,
-            kv_cache, page_ids,
+            pages, page_ids,
         )  # fmt: skip
         step.ids_written = True
         q, table = query[:n_token], layer.table
@@ -217,7 +220,7 @@ class KeyOnlyImpl(AttentionImpl[KeyOnlyMetadata]):
             )
         else:
             attend_pages(
-                q, kv_cache, page_ids, table, step.requests(kv_cache.shape[2]), self.window,
+                q, pages.mT, page_ids, table, step.requests(kv_cache.shape[2]), self.window,
                 self.scale, output[:n_token], step.scratch,
                 best_for_many(kv_cache.shape[2], self.head_size),
             )  # fmt: skip

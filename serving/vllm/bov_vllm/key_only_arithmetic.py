@@ -2,7 +2,8 @@
 
 A request's past lies in pages of P slots each, in any order; beside the keys stands the token id of
 every slot, and the value of a slot is the table's row of that id. New keys and ids are written
-before this reads them, so that a request's new tokens are the last ones of its past.
+before this reads them, so that a request's new tokens are the last ones of its past. Within a page a
+head's keys are a matrix (D, P), as vLLM's kernel for CPUs wants them.
 
 A few new tokens (decoding, drafts) read the keys where they lie. For many (prefill) keys and values
 are written to scratch memory, which all of them share, and go through a kernel for dense attention:
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bov_lightning.model.decode import read_bag, read_summed, scores
+from bov_lightning.model.decode import read_bag, read_summed
 
 FEW_NEW = 8
 """Up to so many new tokens of a request read keys in place."""
@@ -39,18 +40,8 @@ class Request:
     """Tokens of the past, the new ones included."""
     pages: Tensor
     """(number of pages,) int64, in the order of the text."""
-    runs: list[tuple[int, int, int]]
-    """The same as stretches that lie one behind the other: place in the text and number of the
-    first page, and how many."""
     kept: dict = field(default_factory=dict)
     """What a kernel works out once for all layers of the step."""
-
-    def runs_from(self, first: int) -> Iterator[tuple[int, slice]]:
-        """`runs` without the ``first`` pages: places after these, and numbers."""
-        for place, page, n_run in self.runs:
-            skipped = min(max(0, first - place), n_run)
-            if skipped < n_run:
-                yield place + skipped - first, slice(page + skipped, page + n_run)
 
     def seen_from(self, window: int | None) -> int:
         """Position of the first token that any of the new ones sees."""
@@ -70,19 +61,8 @@ def requests_of(
         first, n_new = query_start[row], query_start[row + 1] - query_start[row]
         if n_new:
             pages = page_table[row, : -(-n_token // n_slot)]
-            requests.append(Request(first, n_new, n_token, pages.long(), runs_of(pages.tolist())))
+            requests.append(Request(first, n_new, n_token, pages.long()))
     return requests
-
-
-def runs_of(pages: list[int]) -> list[tuple[int, int, int]]:
-    """`Request.runs` of these pages."""
-    runs = []
-    for place, page in enumerate(pages):
-        if runs and page == runs[-1][1] + runs[-1][2]:
-            runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
-        else:
-            runs.append((place, page, 1))
-    return runs
 
 
 @dataclass
@@ -103,7 +83,7 @@ class Scratch:
 def write_slots(
     key_TKD: Tensor, ids_T: Tensor | None, slots_T: Tensor, pages_NKPD: Tensor, page_ids_NP: Tensor
 ) -> None:
-    """Puts new keys, and token ids if given, into their slots."""
+    """Puts new keys, and token ids if given, into their slots; pages may have any strides."""
     page, place = slots_T // pages_NKPD.shape[2], slots_T % pages_NKPD.shape[2]
     pages_NKPD[page, :, place] = key_TKD.to(pages_NKPD.dtype)
     if ids_T is not None:
@@ -111,7 +91,7 @@ def write_slots(
 
 
 def attend_pages(
-    q_THD: Tensor, pages_NKPD: Tensor, page_ids_NP: Tensor, table: Tensor, requests: list[Request],
+    q_THD: Tensor, pages_NKDP: Tensor, page_ids_NP: Tensor, table: Tensor, requests: list[Request],
     window: int | None, scale: float, out_THD: Tensor, scratch: Scratch,
     attend_many: Callable | None = None,
 ) -> None:  # fmt: skip
@@ -129,7 +109,7 @@ def attend_pages(
         many = attend_many or attend_in_pieces
         attend = attend_in_place if request.n_new <= FEW_NEW else many
         attend(
-            q_THD[new], pages_NKPD, ids_S, table, request, window, scale, out_THD[new], scratch
+            q_THD[new], pages_NKDP, ids_S, table, request, window, scale, out_THD[new], scratch
         )
 
 
@@ -139,19 +119,14 @@ def attend_in_place(
 ) -> None:  # fmt: skip
     """`attend_pages` of one request, whose ids are ``ids_S``: keys are read where they lie."""
     n_new, n_head, head_dim = q.shape
-    _, n_kv_head, n_slot, _ = pages.shape
+    _, n_kv_head, _, n_slot = pages.shape
     group = n_head // n_kv_head
     start = request.seen_from(window)
     first_page = start // n_slot
-    q_1KGD = q.view(n_new, n_kv_head, group, head_dim).transpose(0, 1).flatten(1, 2)[None]
-    n_page = len(request.pages) - first_page
-    shape = (n_page, n_kv_head, n_slot, n_new * group)
-    score = scratch.take("scores", shape, torch.float32)
-    for place, run in request.runs_from(first_page):
-        keys = pages[run]
-        score[place : place + len(keys)] = scores(q_1KGD.expand(len(keys), -1, -1, -1), keys)
+    q_KQD = q.view(n_new, n_kv_head, group, head_dim).transpose(0, 1).flatten(1, 2)
+    score = _scores_in_place(q_KQD, pages, request, first_page, scratch)
     begin = start - first_page * n_slot
-    score_KnGS = score.permute(1, 3, 0, 2).reshape(n_kv_head, n_new, group, -1)
+    score_KnGS = score.permute(1, 2, 0, 3).reshape(n_kv_head, n_new, group, -1)
     score_KnGS = score_KnGS[..., begin : begin + request.n_token - start] * scale
     hidden = band_hides(n_new, request.n_token - start, window)
     if hidden is not None:
@@ -172,6 +147,35 @@ def attend_in_place(
     out.copy_(y_KgD.unflatten(1, (n_new, group)).transpose(0, 1).flatten(1, 2))
 
 
+def _scores_in_place(
+    q_KQD: Tensor, pages: Tensor, request: Request, first_page: int, scratch: Scratch
+) -> Tensor:
+    """(number of pages, K, Q, P) fp32: products of queries and the keys of a request's pages."""
+    n_kv_head, n_query, head_dim = q_KQD.shape
+    n_slot, numbers = pages.shape[3], request.pages[first_page:]
+    shape = (len(numbers), n_kv_head, n_query, n_slot)
+    if pages.dtype == torch.float32:
+        # A page's score is the sum of its channels' rows, each times the query's channel: a bag,
+        # which is read at the memory's speed. A product of so few rows is not.
+        channel = request.kept.get((first_page, n_query))
+        if channel is None:
+            row = numbers[:, None] * n_kv_head + torch.arange(n_kv_head)
+            channel = row[:, :, None, None] * head_dim + torch.arange(head_dim)
+            channel = channel.expand(-1, -1, n_query, -1).reshape(-1, head_dim).int()
+            request.kept[first_page, n_query] = channel
+        weight = q_KQD.float().expand(len(numbers), -1, -1, -1).reshape(-1, head_dim)
+        channels = pages.view(-1, n_slot)
+        bags = F.embedding_bag(channel, channels, per_sample_weights=weight, mode="sum")
+        return bags.view(shape)
+    # As in `bov_lightning.model.decode`: products in fp32, of as many keys as caches hold.
+    score = scratch.take("scores", shape, torch.float32)
+    exact = scratch.take("page", pages.shape[1:], torch.float32)
+    q_KQD = q_KQD.float()
+    for place, page in enumerate(numbers.tolist()):
+        torch.bmm(q_KQD, exact.copy_(pages[page]), out=score[place])
+    return score
+
+
 def band_hides(n_new: int, n_seen: int, window: int | None) -> Tensor | None:
     """(n_new, n_seen) bool: what the last tokens of a text do not see of its last ones."""
     if n_new == 1 and (window is None or n_seen <= window + 1):
@@ -190,12 +194,12 @@ def _values(ids_S: Tensor, table: Tensor, n_kv_head: int, scratch: Scratch) -> T
 
 def _keys(pages: Tensor, request: Request, low: int, high: int, scratch: Scratch) -> Tensor:
     """(K, S, D): the keys of tokens ``low`` to ``high`` of a request, in scratch memory."""
-    _, n_kv_head, n_slot, head_dim = pages.shape
-    first, last = low // n_slot, -(-high // n_slot)
-    keys = scratch.take("keys", (n_kv_head, last - first, n_slot, head_dim), pages.dtype)
-    for place, run in request.runs_from(first):
-        run_KnPD = pages[run][: max(0, last - first - place)].transpose(0, 1)
-        keys[:, place : place + run_KnPD.shape[1]] = run_KnPD
+    _, n_kv_head, head_dim, n_slot = pages.shape
+    first = low // n_slot
+    numbers = request.pages[first : -(-high // n_slot)].tolist()
+    keys = scratch.take("keys", (n_kv_head, len(numbers), n_slot, head_dim), pages.dtype)
+    for place, page in enumerate(numbers):
+        keys[:, place] = pages[page].mT
     return keys.flatten(1, 2)[:, low - first * n_slot : high - first * n_slot]
 
 

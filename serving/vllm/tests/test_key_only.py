@@ -3,7 +3,7 @@
 import pytest
 import torch
 from bov_vllm import key_only_arithmetic as arithmetic
-from bov_vllm.key_only_arithmetic import Scratch, attend_pages, requests_of, runs_of, write_slots
+from bov_vllm.key_only_arithmetic import Scratch, attend_pages, requests_of, write_slots
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +17,7 @@ class Step:
         n_head, n_kv_head = heads
         self.requests, self.n_slot = requests, n_slot
         n_pages = [-(-n_token // n_slot) for _, n_token in requests]
-        shape = (sum(n_pages) + 3, n_kv_head, n_slot, head_dim)
+        shape = (sum(n_pages) + 3, n_kv_head, head_dim, n_slot)
         self.pages = torch.full(shape, torch.nan, dtype=dtype)
         self.page_ids = torch.full((shape[0], n_slot), 2**30, dtype=torch.int32)
         self.table = torch.randn(n_vocab, n_kv_head * head_dim, generator=generator).to(dtype)
@@ -31,7 +31,7 @@ class Step:
             ids = torch.randint(0, n_vocab, (n_token,), generator=generator)
             position = torch.arange(n_token)
             slots = mine[position // n_slot].long() * n_slot + position % n_slot
-            write_slots(keys, ids, slots, self.pages, self.page_ids)
+            write_slots(keys, ids, slots, self.pages.mT, self.page_ids)
             self.texts.append((keys, ids))
             self.query_start.append(self.query_start[-1] + n_new)
         self.q = torch.randn(self.query_start[-1], n_head, head_dim, generator=generator).to(dtype)
@@ -99,7 +99,3 @@ def test_half_precision_is_as_near_as_its_rounding(window, n_new):
     expected = step.dense(window)
     assert (step.attend(window) - expected).norm() < 6e-3 * expected.norm()
 
-
-def test_pages_that_lie_together_are_read_together():
-    assert runs_of([]) == []
-    assert runs_of([4, 5, 6, 2, 7, 8]) == [(0, 4, 3), (3, 2, 1), (4, 7, 2)]
