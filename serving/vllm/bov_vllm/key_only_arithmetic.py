@@ -131,20 +131,13 @@ def attend_in_place(
     hidden = band_hides(n_new, request.n_token - start, window)
     if hidden is not None:
         score_KnGS.masked_fill_(hidden[:, None], -torch.inf)
-    weight_KnGS = score_KnGS.softmax(-1)
-    ids_S = ids_S[start:]
-    if n_new == 1:
-        read = read_bag
-        if len(ids_S) > len(table):
-            read, ids_S = read_summed, ids_S.long()
-        out.copy_(read(weight_KnGS.view(1, n_head, -1), ids_S[None], table, n_kv_head)[0, :, 0])
-        return
-    weight_KgS = weight_KnGS.flatten(1, 2).to(table.dtype)
-    y_KgD = q.new_zeros(n_kv_head, n_new * group, head_dim, dtype=torch.float32)
-    for low in range(0, len(ids_S), PIECE):
-        v_KSD = _values(ids_S[low : low + PIECE], table, n_kv_head, scratch)
-        y_KgD += weight_KgS[..., low : low + PIECE] @ v_KSD
-    out.copy_(y_KgD.unflatten(1, (n_new, group)).transpose(0, 1).flatten(1, 2))
+    weight_1QS = score_KnGS.softmax(-1).flatten(0, 2)[None]
+    read, ids_S = read_bag, ids_S[start:]
+    if len(ids_S) > len(table):
+        read, ids_S = read_summed, ids_S.long()
+    # All queries of a key-value head are one group, whose bags read the same rows one by one.
+    y_1Q1D = read(weight_1QS, ids_S[None], table, n_kv_head)
+    out.copy_(y_1Q1D.view(n_kv_head, n_new, group, head_dim).transpose(0, 1).flatten(1, 2))
 
 
 def _scores_in_place(
