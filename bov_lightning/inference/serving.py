@@ -127,8 +127,8 @@ def check_export(directory: Path, config: ServeConfig) -> None:
         raise UserError(f"{directory} has no tokenizer, so it cannot read a prompt")
     if shape.document_start is not None:
         raise UserError(
-            f"{directory}: document_start is {shape.document_start}, and vLLM has no mask that ends "
-            "at a document's start: bov generate serves this model"
+            f"{directory}: document_start is {shape.document_start}, and vLLM has no mask that "
+            "ends at a document's start: bov generate serves this model"
         )
     longest = config.max_model_len
     if longest is not None and longest > stored.max_context:
@@ -138,9 +138,7 @@ def check_export(directory: Path, config: ServeConfig) -> None:
         )
 
 
-def command(
-    python: Path, directory: Path, name: str, dtype: str, config: ServeConfig
-) -> list[str]:
+def command(python: Path, directory: Path, name: str, dtype: str, config: ServeConfig) -> list[str]:
     """The command line of vLLM's server."""
     options = {
         "--model": directory, "--served-model-name": name, "--dtype": dtype,

@@ -1,10 +1,10 @@
 """`bov plan --inference --engine vllm`: the pages that vLLM makes of a memory size.
 
 vLLM cuts the memory of its cache into blocks of some tokens. Layers of one window share a block
-table; where windows differ, the layers are dealt out to groups of the same number, each with a block
-table of its own, and every block belongs to one group at a time. Key-only pages of bank layers hold
-twice the tokens there, since pages must be of one size. This is the arithmetic of vLLM 0.32 with
-pages layer by layer, as on CPUs; serving/vllm/tests compares it with what vLLM reports.
+table; where windows differ, the layers are dealt out to groups of the same number, each with a
+block table of its own, and a block belongs to one group at a time. Key-only pages of bank layers
+hold twice the tokens there, since pages must be of one size. This is the arithmetic of vLLM 0.32
+with pages layer by layer, as on CPUs; serving/vllm/tests compares it with what vLLM reports.
 """
 
 import json
@@ -149,7 +149,10 @@ def print_serving_plan(
     table.add_column(f"{memory:,} bytes, {context:,} tokens, {dtype}", style="bold")
     for column in ("blocks", "per request", "requests", "ids beside"):
         table.add_column(column, justify="right")
-    for kind, label in (("stored", "keys and values"), ("keys", "keys alone where there is a bank")):
+    for kind, label in (
+        ("stored", "keys and values"),
+        ("keys", "keys alone where there is a bank"),
+    ):
         plan = plans[kind]
         table.add_row(
             label, f"{plan.blocks:,}", f"{plan.blocks_per_request:,}", f"{plan.requests:.2f}",

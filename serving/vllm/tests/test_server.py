@@ -29,11 +29,13 @@ PROMPTS = ["import ", "def read(self, path):", "The value of a token", "x"]
 def run(tmp_path_factory) -> Path:
     """A run directory with a checkpoint whose answers are printable, and its tokenizer."""
     folder = tmp_path_factory.mktemp("runs") / "small"
-    pages = [path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "docs").glob("*.md"))]
+    pages = [
+        path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "docs").glob("*.md"))
+    ]
     tokenizer = train_tokenizer(pages, TokenizerConfig(vocab_size=400))
     save_tokenizer(tokenizer, folder / "tokenizer")
     model = make_model("bov", "L", vocab_size=400)
-    # Greedy answers then hold no bytes that are half a character, which everybody shows as he likes.
+    # Greedy answers then hold no halves of characters, which everybody shows in another way.
     for token, i in tokenizer.get_vocab().items():
         if not re.fullmatch(r"[!-~]+", tokenizer.decode([i]).strip() or token):
             model.head.weight.data[i] = 0
