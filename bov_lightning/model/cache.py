@@ -193,7 +193,8 @@ class LayerCache:
         return self.cache.slots.on_device[self.token_ids], self.cache.rows[table].wait()
 
     def attend(
-        self, values: "nn.Module", inputs: tuple, q_BTHD: Tensor, k_BTKD: Tensor, mask: Tensor | None
+        self, values: "nn.Module", inputs: tuple, q_BTHD: Tensor, k_BTKD: Tensor,
+        mask: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Keeps the new keys; attention (B, H, T, D) to everything kept, and the new values.
 
