@@ -239,6 +239,11 @@ class LayerValues(nn.Module):
         return self.add_context or self._source.value_cache
 
     @property
+    def scale(self) -> Tensor | float:
+        """What the source's values are multiplied by, where no gate says so for each token."""
+        return self.constant if self.coefficient is None else self.coefficient
+
+    @property
     def bank(self) -> BankOfValues | None:
         """The table whose rows, times one number, are this layer's values; None: there is more to
         them, so that ids are not enough."""
@@ -267,9 +272,7 @@ class LayerValues(nn.Module):
             value = self(inputs)
             v_BKSD = past.values.extend(value.unflatten(-1, (k_BKSD.shape[1], -1)))
             return attend_values(q_BHTD, k_BKSD, v_BKSD, mask), value
-        scale = self.constant if self.coefficient is None else self.coefficient
-        y_BHTD = self._source.attend_past(inputs, q_BHTD, k_BKSD, mask, past)
-        return scale * y_BHTD, None
+        return self.scale * self._source.attend_past(inputs, q_BHTD, k_BKSD, mask, past), None
 
     def forward(self, inputs: ValueInputs) -> Tensor:
         """(B, T, V)."""
@@ -278,7 +281,7 @@ class LayerValues(nn.Module):
             gate = 3 * torch.sigmoid(self.gate(inputs.x[..., :GATE_CHANNELS]))
             per_head = value.unflatten(-1, (gate.shape[-1], -1))
             return self.projection(inputs.x) + (gate.unsqueeze(-1) * per_head).flatten(-2)
-        scale = self.constant if self.coefficient is None else self.coefficient
+        scale = self.scale
         if not self.add_context:
             return value if self.coefficient is None and scale == 1 else scale * value
         context_scale = scale if self.coefficient is None else self.context_coefficient

@@ -3,8 +3,8 @@
 Shapes: N new tokens of all requests, C = d_model.
 """
 
-from collections.abc import Iterable
-from importlib import import_module
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 from bov_lightning.model.config import TransformerConfig
 from bov_lightning.model.layers import Initialiser, rms_norm
 from bov_lightning.model.transformer import Block, Transformer
+from bov_vllm.key_only import KeyOnly
 from bov_vllm.pages import PagedLayer, Pages, StoredValues
 from bov_vllm.refusals import Refusals
 
@@ -24,16 +25,13 @@ def kind_of_pages(shape: TransformerConfig, chosen: str | None) -> str:
 
     ``chosen`` is ``bov_values`` of the configuration, which ``--hf-overrides`` sets too.
     """
-    return chosen or "stored"
+    return chosen or ("keys" if len(set(shape.windows)) == 1 else "stored")
 
 
-def layer_class(kind: str, block: Block) -> type[PagedLayer]:
-    """The pages of one block: the one place that chooses."""
-    if kind == "keys":
-        key_only = import_module("bov_vllm.key_only")
-        if key_only.fits(block.attention.value):
-            return key_only.KeyOnly
-    return StoredValues
+def layer_class(kind: str, block: Block) -> Callable[..., PagedLayer]:
+    """What makes the pages of one block: the one place that chooses."""
+    bank = block.attention.value.bank
+    return StoredValues if kind == "stored" or bank is None else partial(KeyOnly, bank)
 
 
 @support_torch_compile
