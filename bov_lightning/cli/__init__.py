@@ -24,6 +24,7 @@ usage: bov COMMAND ...
   evaluate   benchmarks: CORE, or any of lm-eval's    bov evaluate RUN-or-CHECKPOINT --data-dir D
   report     curves and tables of runs, as a page      bov report RUN ... --output report.html
   generate   sample text                               bov generate RUN-or-CHECKPOINT --prompt P
+  serve      answer requests, by vLLM                   bov serve RUN-or-CHECKPOINT
   export     write a Hugging Face directory            bov export RUN-or-CHECKPOINT --output D
   import     read the paper's authors' checkpoints     bov import nanochat DIR --output D
   recipes    list the recipes that come with bov

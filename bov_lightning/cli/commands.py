@@ -104,11 +104,12 @@ def _plan(arguments: list[str]) -> None:
     )  # fmt: skip
     number(
         parser, "--block-size", int, COUNT, default=16,
-        help="with vllm: tokens of a page; 16 if not given, vLLM's on GPUs, where CPUs have 128",
+        help="with vllm: tokens of a block; 16 if not given, as on GPUs; CPUs have 128",
     )  # fmt: skip
     number(
         parser, "--batched-tokens", int, COUNT, default=2048,
-        help="with vllm: new tokens under way, which windows keep beside their own; 2048",
+        help="with vllm: new tokens of a step, which windows keep beside their own; "
+        "2048 if not given",
     )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="with vllm: of pages"
@@ -119,6 +120,8 @@ def _plan(arguments: list[str]) -> None:
     )  # fmt: skip
     parser.add_argument("--plot", type=path, help="also draw caches against context, to a file")
     known, options = parse_with_keys(parser, arguments)
+    if known.engine == "vllm" and not known.inference:
+        raise UserError("--engine vllm counts what decoding costs: add --inference")
     given = read_given(known, options)
     if known.inference:
         if known.engine == "vllm":

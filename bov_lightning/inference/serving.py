@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -127,8 +128,8 @@ def check_export(directory: Path, config: ServeConfig) -> None:
         raise UserError(f"{directory} has no tokenizer, so it cannot read a prompt")
     if shape.document_start is not None:
         raise UserError(
-            f"{directory}: document_start is {shape.document_start}, and vLLM has no mask that ends "
-            "at a document's start: bov generate serves this model"
+            f"{directory}: document_start is {shape.document_start}, and vLLM has no mask that "
+            "ends at a document's start: bov generate serves this model"
         )
     longest = config.max_model_len
     if longest is not None and longest > stored.max_context:
@@ -138,9 +139,7 @@ def check_export(directory: Path, config: ServeConfig) -> None:
         )
 
 
-def command(
-    python: Path, directory: Path, name: str, dtype: str, config: ServeConfig
-) -> list[str]:
+def command(python: Path, directory: Path, name: str, dtype: str, config: ServeConfig) -> list[str]:
     """The command line of vLLM's server."""
     options = {
         "--model": directory, "--served-model-name": name, "--dtype": dtype,
@@ -167,6 +166,19 @@ def _started(line: list[str]) -> Iterator[subprocess.Popen]:
         server.wait()
 
 
+def _check_port(host: str, port: int) -> None:
+    """Refuses a port that another server has, which would be taken for ours."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"port {port} of {host} cannot be used: {error.strerror}; give another --port"
+            ) from None
+
+
 def _answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5):
@@ -185,8 +197,9 @@ def serve(path: str, config: ServeConfig) -> None:
     python = find_python(config.python)
     directory, name, dtype = ready_export(path, config)
     check_export(directory, config)
-    host = "127.0.0.1" if config.host == "0.0.0.0" else config.host
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
     url = f"http://{host}:{config.port}"
+    _check_port(config.host, config.port)
     with _started(command(python, directory, name, dtype, config)) as server:
         while server.poll() is None and not _answers(url):
             time.sleep(0.5)

@@ -20,8 +20,6 @@ from bov_lightning.model.offload import BankRows, HostTable, Slots
 if TYPE_CHECKING:
     from torch import nn
 
-    from bov_lightning.model.values import LayerValues, ValueInputs
-
 
 class Step:
     """One call's new tokens: how many each row gets, and where they stand."""
@@ -195,11 +193,13 @@ class LayerCache:
         return self.cache.slots.on_device[self.token_ids], self.cache.rows[table].wait()
 
     def attend(
-        self, values: "LayerValues", inputs: "ValueInputs", q_BTHD: Tensor, k_BTKD: Tensor,
+        self, values: "nn.Module", inputs: tuple, q_BTHD: Tensor, k_BTKD: Tensor,
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Keeps the new keys; attention (B, H, T, D) to everything kept, and the new values: see
-        `LayerValues.attend_past`."""
+        """Keeps the new keys; attention (B, H, T, D) to everything kept, and the new values.
+
+        ``values`` is the layer's `LayerValues`, ``inputs`` the `ValueInputs` of the new tokens.
+        """
         k_BKSD = self.keys.extend(k_BTKD)
         return values.attend_past(inputs, q_BTHD.transpose(1, 2), k_BKSD, mask, self)
 

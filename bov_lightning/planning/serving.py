@@ -1,14 +1,14 @@
 """`bov plan --inference --engine vllm`: the pages that vLLM makes of a memory size.
 
 vLLM cuts the memory of its cache into blocks of some tokens. Layers of one window share a block
-table; where windows differ, the layers are dealt out to groups of the same number, each with a block
-table of its own, and every block belongs to one group at a time. Key-only pages of bank layers hold
-twice the tokens there, since pages must be of one size. This is the arithmetic of vLLM 0.32 with
-pages layer by layer, as on CPUs; serving/vllm/tests compares it with what vLLM reports.
+table; where windows differ, the layers are dealt out to groups of the same number, each with a
+block table of its own, and a block belongs to one group at a time. Key-only pages of bank layers
+hold twice the tokens there, since pages must be of one size. This is the arithmetic of vLLM 0.32
+with pages layer by layer, as on CPUs; serving/vllm/tests compares it with what vLLM reports.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
@@ -54,13 +54,21 @@ class PagesPlan:
 def layer_pages(
     config: TransformerConfig, kind: str, block_size: int, element_bytes: int
 ) -> list[Pages]:
-    """The pages of each layer, before they are made equal; ``kind``: stored or keys."""
+    """The pages of each layer; ``kind``: stored or keys."""
     vector = config.d_value * element_bytes
     found = []
     for block in meta_model(config).blocks:
         keys_only = kind == "keys" and block.attention.value.bank is not None
         n_vector = 1 if keys_only else 2
         found.append(Pages(block.window, block_size, block_size * n_vector * vector, keys_only))
+    if len({page.window for page in found}) > 1:
+        # Several groups share the memory, so all pages are of one size.
+        largest = max(page.nbytes for page in found)
+        more = [largest // page.nbytes for page in found]
+        found = [
+            replace(page, slots=page.slots * n, nbytes=largest)
+            for page, n in zip(found, more, strict=True)
+        ]
     return found
 
 
@@ -68,12 +76,9 @@ def group(pages: list[Pages]) -> list[list[Pages]]:
     """The groups that share a block table."""
     if len({page.window for page in pages}) == 1:
         return [pages]
-    largest = max(page.nbytes for page in pages)
     alike: dict[Pages, list[Pages]] = {}
     for page in pages:
-        more = largest // page.nbytes
-        equal = Pages(page.window, page.slots * more, largest, page.keys_only)
-        alike.setdefault(equal, []).append(equal)
+        alike.setdefault(page, []).append(page)
     counts = [len(layers) for layers in alike.values()]
     # Few layers more than the smallest kind has: padding wastes less than more block tables.
     size = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
@@ -103,7 +108,8 @@ def pages_plan(
     Raises:
         UserError: a memory in which not even one request fits.
     """
-    groups = group(layer_pages(config, kind, block_size, element_bytes))
+    pages = layer_pages(config, kind, block_size, element_bytes)
+    groups = group(pages)
     block_bytes = max(sum(page.nbytes for page in layers) for layers in groups)
     blocks = memory // block_bytes
     needed = 0
@@ -119,12 +125,9 @@ def pages_plan(
             f"one request of {context:,} tokens needs {(needed + 1) * block_bytes:,} bytes of "
             f"pages, and there are {memory:,}: give more --memory or a shorter --context"
         )
-    # The smear's ids lie with the last layer, a bank's with each of its layers.
-    slots = [page.slots for layers in groups for page in layers if page.keys_only]
-    last = layer_pages(config, kind, block_size, element_bytes)[-1]
-    if not last.keys_only:
-        slots.append(block_size)
-    ids = sum(ID_BYTES * (blocks * n_slot + 1) for n_slot in slots)
+    # The smear's ids lie with the last layer, those of banks once for each of their block tables.
+    n_slot = sum(layers[0].slots for layers in groups if any(page.keys_only for page in layers))
+    ids = ID_BYTES * (blocks * (pages[-1].slots + n_slot) + 1)
     return PagesPlan(block_bytes, blocks, needed, ids)
 
 
@@ -149,7 +152,10 @@ def print_serving_plan(
     table.add_column(f"{memory:,} bytes, {context:,} tokens, {dtype}", style="bold")
     for column in ("blocks", "per request", "requests", "ids beside"):
         table.add_column(column, justify="right")
-    for kind, label in (("stored", "keys and values"), ("keys", "keys alone where there is a bank")):
+    for kind, label in (
+        ("stored", "keys and values"),
+        ("keys", "keys alone where there is a bank"),
+    ):
         plan = plans[kind]
         table.add_row(
             label, f"{plan.blocks:,}", f"{plan.blocks_per_request:,}", f"{plan.requests:.2f}",

@@ -25,6 +25,6 @@ def register() -> None:
         MODELS_CONFIG_MAP[ARCHITECTURE] = Refusals
     except Exception:
         logging.getLogger("vllm.bov").warning(
-            "bov-vllm cannot serve exports of bov-lightning here, other models are served as before",
+            "bov-vllm cannot serve exports of bov-lightning here; other models are as before",
             exc_info=True,
         )

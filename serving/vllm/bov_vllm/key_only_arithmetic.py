@@ -108,9 +108,7 @@ def attend_pages(
         ids_S = page_ids_NP[request.pages].flatten()[: request.n_token]
         many = attend_many or attend_in_pieces
         attend = attend_in_place if request.n_new <= FEW_NEW else many
-        attend(
-            q_THD[new], pages_NKDP, ids_S, table, request, window, scale, out_THD[new], scratch
-        )
+        attend(q_THD[new], pages_NKDP, ids_S, table, request, window, scale, out_THD[new], scratch)
 
 
 def attend_in_place(

@@ -1,8 +1,8 @@
 """The token id before each new token, exact however vLLM cuts a text into steps.
 
 Two ways: by the slot of the pages in which the token before lies, which works with every runner;
-and from the requests' own ids, where vLLM's runner hands these out. Neither has a shape that depends
-on data, so that both can be part of a CUDA graph.
+and from the requests' own ids, where vLLM's runner hands these out. Neither has a shape that
+depends on data, so that both can be part of a CUDA graph.
 
 Shapes: N new tokens of all requests, R requests, M blocks of a request.
 """

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 import vllm
+from vllm.platforms import current_platform
 
 from bov_lightning.errors import UserError
 from bov_lightning.model.config import TransformerConfig
@@ -57,6 +58,15 @@ class Refusals:
                 raise UserError(
                     f"{name} is {size}: bov-vllm serves on one device, start one server for each"
                 )
+        if (
+            current_platform.is_cuda_alike()
+            and not vllm_config.use_v2_model_runner
+            and not vllm_config.model_config.enforce_eager
+        ):
+            raise UserError(
+                "on a GPU bov-vllm needs vLLM's second runner, whose graphs know the past ids: "
+                "unset VLLM_USE_V2_MODEL_RUNNER, or give --enforce-eager"
+            )
         for name, wanted in {
             "kv_transfer_config": vllm_config.kv_transfer_config is not None,
             "quantization": vllm_config.quant_config is not None,

@@ -98,4 +98,3 @@ def test_half_precision_is_as_near_as_its_rounding(window, n_new):
     step = Step([(n_new, 300)], (4, 2), 32, head_dim=16, dtype=torch.bfloat16)
     expected = step.dense(window)
     assert (step.attend(window) - expected).norm() < 6e-3 * expected.norm()
-

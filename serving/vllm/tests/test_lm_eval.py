@@ -42,12 +42,10 @@ def test_vllm_scores_as_transformers_does(run, known_vllm, tmp_path):  # noqa: F
     rows = SHARED / "eval_bundle" / "eval_data" / "commonsense_reasoning" / "copa.jsonl"
     if not rows.is_file():
         rows = tmp_path / "rows.jsonl"
+        choices = ["he ran.", "a stone fell on it."]
         texts = ("The man broke his toe because", "It rained, so", "She read, since")
         rows.write_text(
-            "\n".join(
-                json.dumps({"query": text, "choices": ["he ran.", "a stone fell on it."], "gold": 1})
-                for text in texts
-            )
+            "\n".join(json.dumps({"query": text, "choices": choices, "gold": 1}) for text in texts)
         )
     (tmp_path / "copa_rows.yaml").write_text(TASK.format(rows=rows))
     directory = tmp_path / "export"

@@ -73,7 +73,10 @@ def test_one_step_and_drafts(overlay, pattern, kind, tmp_path):
 
 @pytest.mark.parametrize(
     ("overlay", "pattern"),
-    [("bov", "SSSL"), *(pytest.param(n, "SSSL", marks=pytest.mark.slow) for n in PATHS if n != "bov")],
+    [
+        pytest.param(name, "SSSL", marks=[] if name == "bov" else [pytest.mark.slow])
+        for name in PATHS
+    ],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled(overlay, pattern, kind, tmp_path):
