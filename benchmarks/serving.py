@@ -18,11 +18,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import harness
-from bov_vllm.key_only import best_for_many
-from bov_vllm.key_only_arithmetic import Scratch, attend_pages, requests_of, write_slots
 from harness import report, side_by_side
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+from bov_vllm.key_only import best_for_many
+from bov_vllm.key_only_arithmetic import Scratch, attend_pages, requests_of, write_slots
 
 VOCAB = 32768
 COLD_BYTES = 256e6

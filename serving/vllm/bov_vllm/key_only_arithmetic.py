@@ -2,8 +2,8 @@
 
 A request's past lies in pages of P slots each, in any order; beside the keys stands the token id of
 every slot, and the value of a slot is the table's row of that id. New keys and ids are written
-before this reads them, so that a request's new tokens are the last ones of its past. Within a page a
-head's keys are a matrix (D, P), as vLLM's kernel for CPUs wants them.
+before this reads them, so that a request's new tokens are the last ones of its past. Within a page
+a head's keys are a matrix (D, P), as vLLM's kernel for CPUs wants them.
 
 A few new tokens (decoding, drafts) read the keys where they lie. For many (prefill) keys and values
 are written to scratch memory, which all of them share, and go through a kernel for dense attention:
