@@ -90,7 +90,8 @@ def one_layer(
     slots = torch.arange(n_page * n_slot)
     ids = zipf_ids(len(slots), generator)
     for _ in range(n_layer):
-        keys = torch.empty(n_page, n_kv_head, head_dim, n_slot, dtype=dtype)
+        kept = torch.float16 if dtype == torch.bfloat16 else dtype
+        keys = torch.empty(n_page, n_kv_head, head_dim, n_slot, dtype=kept)
         stored = torch.empty(n_page, n_kv_head, 2 * n_slot, head_dim, dtype=dtype)
         for chunk in slots.split(4096):
             new = torch.randn(len(chunk), n_kv_head, head_dim).to(dtype)

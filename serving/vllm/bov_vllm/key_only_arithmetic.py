@@ -98,6 +98,8 @@ def attend_pages(
     """Writes the attention of all new tokens to ``out_THD``, in its dtype.
 
     Args:
+        pages_NKDP: fp32 or fp16. fp16 holds bf16's keys too, which are normed: exactly, but for
+            channels below 6e-5; scores are eight times as precise as bf16's would be.
         table: (token ids, K*D), in the dtype of the queries.
         window: how many tokens to its left each token sees besides itself; None: all.
         scale: what products of queries and keys are multiplied by.
@@ -122,7 +124,7 @@ def attend_in_place(
     start = request.seen_from(window)
     first_page = start // n_slot
     q_KQD = q.view(n_new, n_kv_head, group, head_dim).transpose(0, 1).flatten(1, 2)
-    score = _scores_in_place(q_KQD, pages, request, first_page, scratch)
+    score = _scores_in_place(q_KQD, pages, request, first_page)
     begin = start - first_page * n_slot
     score_KnGS = score.permute(1, 2, 0, 3).reshape(n_kv_head, n_new, group, -1)
     score_KnGS = score_KnGS[..., begin : begin + request.n_token - start] * scale
@@ -138,33 +140,25 @@ def attend_in_place(
     out.copy_(y_1Q1D.view(n_kv_head, n_new, group, head_dim).transpose(0, 1).flatten(1, 2))
 
 
-def _scores_in_place(
-    q_KQD: Tensor, pages: Tensor, request: Request, first_page: int, scratch: Scratch
-) -> Tensor:
-    """(number of pages, K, Q, P) fp32: products of queries and the keys of a request's pages."""
+def _scores_in_place(q_KQD: Tensor, pages: Tensor, request: Request, first_page: int) -> Tensor:
+    """(number of pages, K, Q, P) fp32: products of queries and the keys of a request's pages.
+
+    A page's scores are the sum of its channels' rows, each times the query's channel: a bag, which
+    is read at the memory's speed, summed in fp32 and rounded to the pages' dtype. A product of so
+    few rows would be slower, and of two half-precision matrices no better rounded.
+    """
     n_kv_head, n_query, head_dim = q_KQD.shape
     n_slot, numbers = pages.shape[3], request.pages[first_page:]
-    shape = (len(numbers), n_kv_head, n_query, n_slot)
-    if pages.dtype == torch.float32:
-        # A page's score is the sum of its channels' rows, each times the query's channel: a bag,
-        # which is read at the memory's speed. A product of so few rows is not.
-        channel = request.kept.get((first_page, n_query))
-        if channel is None:
-            row = numbers[:, None] * n_kv_head + torch.arange(n_kv_head)
-            channel = row[:, :, None, None] * head_dim + torch.arange(head_dim)
-            channel = channel.expand(-1, -1, n_query, -1).reshape(-1, head_dim).int()
-            request.kept[first_page, n_query] = channel
-        weight = q_KQD.float().expand(len(numbers), -1, -1, -1).reshape(-1, head_dim)
-        channels = pages.view(-1, n_slot)
-        bags = F.embedding_bag(channel, channels, per_sample_weights=weight, mode="sum")
-        return bags.view(shape)
-    # As in `bov_lightning.model.decode`: products in fp32, of as many keys as caches hold.
-    score = scratch.take("scores", shape, torch.float32)
-    exact = scratch.take("page", pages.shape[1:], torch.float32)
-    q_KQD = q_KQD.float()
-    for place, page in enumerate(numbers.tolist()):
-        torch.bmm(q_KQD, exact.copy_(pages[page]), out=score[place])
-    return score
+    channel = request.kept.get((first_page, n_query))
+    if channel is None:
+        row = numbers[:, None] * n_kv_head + torch.arange(n_kv_head)
+        channel = row[:, :, None, None] * head_dim + torch.arange(head_dim)
+        channel = channel.expand(-1, -1, n_query, -1).reshape(-1, head_dim).int()
+        request.kept[first_page, n_query] = channel
+    weight = q_KQD.to(pages.dtype).expand(len(numbers), -1, -1, -1).reshape(-1, head_dim)
+    channels = pages.view(-1, n_slot)
+    bags = F.embedding_bag(channel, channels, per_sample_weights=weight, mode="sum")
+    return bags.float().view(len(numbers), n_kv_head, n_query, n_slot)
 
 
 def band_hides(n_new: int, n_seen: int, window: int | None) -> Tensor | None:
@@ -183,12 +177,14 @@ def _values(ids_S: Tensor, table: Tensor, n_kv_head: int, scratch: Scratch) -> T
     return rows.unflatten(1, (n_kv_head, -1)).transpose(0, 1)
 
 
-def _keys(pages: Tensor, request: Request, low: int, high: int, scratch: Scratch) -> Tensor:
+def _keys(
+    pages: Tensor, request: Request, low: int, high: int, dtype: torch.dtype, scratch: Scratch
+) -> Tensor:
     """(K, S, D): the keys of tokens ``low`` to ``high`` of a request, in scratch memory."""
     _, n_kv_head, head_dim, n_slot = pages.shape
     first = low // n_slot
     numbers = request.pages[first : -(-high // n_slot)].tolist()
-    keys = scratch.take("keys", (n_kv_head, len(numbers), n_slot, head_dim), pages.dtype)
+    keys = scratch.take("keys", (n_kv_head, len(numbers), n_slot, head_dim), dtype)
     for place, page in enumerate(numbers):
         keys[:, place] = pages[page].mT
     return keys.flatten(1, 2)[:, low - first * n_slot : high - first * n_slot]
@@ -206,7 +202,7 @@ def attend_in_pieces(
 
     def part(low: int, high: int, queries: Tensor, **how) -> tuple[Tensor, Tensor]:
         """Attention to tokens ``low`` to ``high``, (K, G, n, D), and log of the sum, (K, G, n)."""
-        k_KSD = _keys(pages, request, low, high, scratch)
+        k_KSD = _keys(pages, request, low, high, q.dtype, scratch)
         v_KSD = _values(ids_S[low:high], table, n_kv_head, scratch)
         k, v = (x[:, None].expand(-1, queries.shape[1], -1, -1) for x in (k_KSD, v_KSD))
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

@@ -30,7 +30,8 @@ class Step:
         self.requests, self.n_slot = requests, n_slot
         n_pages = [-(-n_token // n_slot) for _, n_token in requests]
         shape = (sum(n_pages) + 3, n_kv_head, head_dim, n_slot)
-        self.pages = torch.full(shape, torch.nan, dtype=dtype)
+        kept = torch.float16 if dtype == torch.bfloat16 else dtype
+        self.pages = torch.full(shape, torch.nan, dtype=kept)
         self.page_ids = torch.full((shape[0], n_slot), 2**30, dtype=torch.int32)
         self.table = torch.randn(n_vocab, n_kv_head * head_dim, generator=generator).to(dtype)
         order = torch.randperm(shape[0], generator=generator).int()
