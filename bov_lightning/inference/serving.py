@@ -17,10 +17,12 @@ from pathlib import Path
 import torch
 
 from bov_lightning.checkpoint.directory import find_checkpoint, read_marker
+from bov_lightning.checkpoint.reading import load_weights
 from bov_lightning.errors import UserError
 from bov_lightning.interop.hf_export import export
 from bov_lightning.interop.hf_import import is_export, read_export
 from bov_lightning.kinds import home
+from bov_lightning.model.counting import meta_model
 from bov_lightning.upstream import VLLM
 
 INSTALL = "make install-serving in bov-lightning's folder, or see docs/serving.md"
@@ -122,8 +124,9 @@ def _holds(directory: Path, step: int, dtype: str) -> bool:
 
 def check_export(directory: Path, config: ServeConfig) -> None:
     """Refuses in one line what vLLM would refuse in many."""
-    stored, _ = read_export(directory)
+    stored, weights = read_export(directory)
     shape = stored.transformer_config()
+    load_weights(meta_model(shape), weights, directory)
     if not (directory / "tokenizer.json").is_file():
         raise UserError(f"{directory} has no tokenizer, so it cannot read a prompt")
     if shape.document_start is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from variants import OVERLAYS, make_model
 
 from bov_lightning.checkpoint.writing import config_yaml, write_checkpoint
@@ -92,6 +93,13 @@ def test_what_cannot_be_served_is_refused_before_vllm_starts(workplace, has, cap
     assert "--dtype" in refused(capfd, str(good), *python, "--dtype", "float64")
     # No vLLM is there after all: its server ends at once.
     assert "vLLM's server ended with code 1" in refused(capfd, str(good), *python)
+    (export,) = good.glob("export-*")
+    weights = load_file(export / "model.safetensors")
+    del weights["model.head.weight"]
+    save_file(weights, export / "model.safetensors")
+    assert "head.weight" in refused(capfd, str(export), *python)
+    (export / "config.json").write_text('{"model_type": "bov", "n_layer": "many"}')
+    assert "config.json" in refused(capfd, str(export), *python)
 
 
 def test_a_taken_port_is_said(run, has, capfd):

@@ -11,10 +11,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-# What vLLM compiles, and what it remembers of models, ends with the tests.
-_cache = tempfile.TemporaryDirectory(prefix="bov-vllm-")
-os.environ["VLLM_CACHE_ROOT"] = _cache.name
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{_cache.name}/inductor"
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if not IS_WORKER:
+    # What vLLM compiles, and what it remembers of models, ends with the tests.
+    _cache = tempfile.TemporaryDirectory(prefix="bov-vllm-")
+    os.environ["VLLM_CACHE_ROOT"] = _cache.name
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{_cache.name}/inductor"
 
 REPOSITORY = Path(__file__).parents[3]
 SHARED = Path(os.environ.get("BOV_SHARED", REPOSITORY.parent / "shared"))
@@ -29,4 +31,5 @@ def pytest_sessionstart() -> None:
 
 def pytest_unconfigure() -> None:
     """Removes the cache."""
-    _cache.cleanup()
+    if not IS_WORKER:
+        _cache.cleanup()

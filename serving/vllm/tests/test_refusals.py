@@ -117,6 +117,7 @@ def test_a_llama_is_served_as_before(tmp_path):
     assert list(output.outputs[0].token_ids) == expected[0, 4:].tolist()
 
 
+@pytest.mark.slow
 def test_the_plugin_needs_no_trainer():
     """Serving imports none of what only training, evaluation and reports need."""
     code = (
