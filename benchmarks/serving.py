@@ -18,11 +18,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import harness
-from bov_vllm.key_only import best_for_many
-from bov_vllm.key_only_arithmetic import Scratch, attend_pages, requests_of, write_slots
 from harness import report, side_by_side
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+from bov_vllm.key_only import best_for_many
+from bov_vllm.key_only_arithmetic import Scratch, attend_pages, requests_of, write_slots
 
 VOCAB = 32768
 COLD_BYTES = 256e6
@@ -89,7 +90,8 @@ def one_layer(
     slots = torch.arange(n_page * n_slot)
     ids = zipf_ids(len(slots), generator)
     for _ in range(n_layer):
-        keys = torch.empty(n_page, n_kv_head, head_dim, n_slot, dtype=dtype)
+        kept = torch.float16 if dtype == torch.bfloat16 else dtype
+        keys = torch.empty(n_page, n_kv_head, head_dim, n_slot, dtype=kept)
         stored = torch.empty(n_page, n_kv_head, 2 * n_slot, head_dim, dtype=dtype)
         for chunk in slots.split(4096):
             new = torch.randn(len(chunk), n_kv_head, head_dim).to(dtype)

@@ -134,8 +134,8 @@ def attend_pages_fused(
     attend_split[(n_bag, n_split)](
         q_THD.contiguous(), pages_NKPD, page_ids_NP, table, page_ids_NP, spans_T3, page_table_RM,
         *parts,
-        *pages_NKPD.stride()[:3], page_ids_NP.stride(0), table.stride(0), 0, page_table_RM.stride(0),
-        0, 0, scale,
+        *pages_NKPD.stride()[:3], page_ids_NP.stride(0), table.stride(0), 0,
+        page_table_RM.stride(0), 0, 0, scale,
         HEADS=n_head, GROUP=n_head // pages_NKPD.shape[1], DIM=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim), BLOCK=BLOCK_S, MASKED=False, PAGE=n_slot,
     )  # fmt: skip

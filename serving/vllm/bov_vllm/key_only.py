@@ -166,7 +166,14 @@ def attend_by_vllm(
     shape = (n_page, n_kv_head, n_slot, head_dim)
     keys, values = (scratch.take(f"vllm {name}", shape, q.dtype) for name in ("keys", "values"))
     as_pages = keys.view(-1, *pages.shape[1:])
-    torch.index_select(pages, 0, request.pages[first_page:], out=as_pages)
+    numbers = request.pages[first_page:]
+    if pages.dtype == q.dtype:
+        torch.index_select(pages, 0, numbers, out=as_pages)
+    else:
+        # From one 16-bit format to the other torch goes number by number, by fp32 it does not.
+        exact = scratch.take("page", pages.shape[1:], torch.float32)
+        for place, page in enumerate(numbers.tolist()):
+            as_pages[place] = exact.copy_(pages[page])
     torch.index_select(table.view(-1, head_dim), 0, rows, out=values.view(-1, head_dim))
     ops.cpu_attention_with_kv_cache(
         q, keys, values, out, starts, lengths, scale, True, None, sliding_window(window) or -1,
@@ -206,8 +213,10 @@ class KeyOnlyImpl(AttentionImpl[KeyOnlyMetadata]):
         page_ids = step.page_ids.beside(kv_cache)
         pages = kv_cache
         if not kv_cache.is_cuda:
-            # (D, P) within a head; both are views of the same memory.
-            pages = kv_cache.view(*kv_cache.shape[:2], self.head_size, -1).mT
+            # Both are views of the same memory: see `attend_pages`.
+            if kv_cache.dtype == torch.bfloat16:
+                pages = pages.view(torch.float16)
+            pages = pages.view(*kv_cache.shape[:2], self.head_size, -1).mT
         write_slots(
             key[:n_token], None if step.ids_written else value[:n_token], step.slot_mapping,
             pages, page_ids,

@@ -2,8 +2,8 @@
 
 A request's past lies in pages of P slots each, in any order; beside the keys stands the token id of
 every slot, and the value of a slot is the table's row of that id. New keys and ids are written
-before this reads them, so that a request's new tokens are the last ones of its past. Within a page a
-head's keys are a matrix (D, P), as vLLM's kernel for CPUs wants them.
+before this reads them, so that a request's new tokens are the last ones of its past. Within a page
+a head's keys are a matrix (D, P), as vLLM's kernel for CPUs wants them.
 
 A few new tokens (decoding, drafts) read the keys where they lie. For many (prefill) keys and values
 are written to scratch memory, which all of them share, and go through a kernel for dense attention:
@@ -98,6 +98,8 @@ def attend_pages(
     """Writes the attention of all new tokens to ``out_THD``, in its dtype.
 
     Args:
+        pages_NKDP: fp32 or fp16. fp16 holds bf16's keys too, which are normed: exactly, but for
+            channels below 6e-5; scores are eight times as precise as bf16's would be.
         table: (token ids, K*D), in the dtype of the queries.
         window: how many tokens to its left each token sees besides itself; None: all.
         scale: what products of queries and keys are multiplied by.
@@ -122,56 +124,41 @@ def attend_in_place(
     start = request.seen_from(window)
     first_page = start // n_slot
     q_KQD = q.view(n_new, n_kv_head, group, head_dim).transpose(0, 1).flatten(1, 2)
-    score = _scores_in_place(q_KQD, pages, request, first_page, scratch)
+    score = _scores_in_place(q_KQD, pages, request, first_page)
     begin = start - first_page * n_slot
     score_KnGS = score.permute(1, 2, 0, 3).reshape(n_kv_head, n_new, group, -1)
     score_KnGS = score_KnGS[..., begin : begin + request.n_token - start] * scale
     hidden = band_hides(n_new, request.n_token - start, window)
     if hidden is not None:
         score_KnGS.masked_fill_(hidden[:, None], -torch.inf)
-    weight_KnGS = score_KnGS.softmax(-1)
-    ids_S = ids_S[start:]
-    if n_new == 1:
-        read = read_bag
-        if len(ids_S) > len(table):
-            read, ids_S = read_summed, ids_S.long()
-        out.copy_(read(weight_KnGS.view(1, n_head, -1), ids_S[None], table, n_kv_head)[0, :, 0])
-        return
-    weight_KgS = weight_KnGS.flatten(1, 2).to(table.dtype)
-    y_KgD = q.new_zeros(n_kv_head, n_new * group, head_dim, dtype=torch.float32)
-    for low in range(0, len(ids_S), PIECE):
-        v_KSD = _values(ids_S[low : low + PIECE], table, n_kv_head, scratch)
-        y_KgD += weight_KgS[..., low : low + PIECE] @ v_KSD
-    out.copy_(y_KgD.unflatten(1, (n_new, group)).transpose(0, 1).flatten(1, 2))
+    weight_1QS = score_KnGS.softmax(-1).flatten(0, 2)[None]
+    read, ids_S = read_bag, ids_S[start:]
+    if len(ids_S) > len(table):
+        read, ids_S = read_summed, ids_S.long()
+    # All queries of a key-value head are one group, whose bags read the same rows one by one.
+    y_1Q1D = read(weight_1QS, ids_S[None], table, n_kv_head)
+    out.copy_(y_1Q1D.view(n_kv_head, n_new, group, head_dim).transpose(0, 1).flatten(1, 2))
 
 
-def _scores_in_place(
-    q_KQD: Tensor, pages: Tensor, request: Request, first_page: int, scratch: Scratch
-) -> Tensor:
-    """(number of pages, K, Q, P) fp32: products of queries and the keys of a request's pages."""
+def _scores_in_place(q_KQD: Tensor, pages: Tensor, request: Request, first_page: int) -> Tensor:
+    """(number of pages, K, Q, P) fp32: products of queries and the keys of a request's pages.
+
+    A page's scores are the sum of its channels' rows, each times the query's channel: a bag, which
+    is read at the memory's speed, summed in fp32 and rounded to the pages' dtype. A product of so
+    few rows would be slower, and of two half-precision matrices no better rounded.
+    """
     n_kv_head, n_query, head_dim = q_KQD.shape
     n_slot, numbers = pages.shape[3], request.pages[first_page:]
-    shape = (len(numbers), n_kv_head, n_query, n_slot)
-    if pages.dtype == torch.float32:
-        # A page's score is the sum of its channels' rows, each times the query's channel: a bag,
-        # which is read at the memory's speed. A product of so few rows is not.
-        channel = request.kept.get((first_page, n_query))
-        if channel is None:
-            row = numbers[:, None] * n_kv_head + torch.arange(n_kv_head)
-            channel = row[:, :, None, None] * head_dim + torch.arange(head_dim)
-            channel = channel.expand(-1, -1, n_query, -1).reshape(-1, head_dim).int()
-            request.kept[first_page, n_query] = channel
-        weight = q_KQD.float().expand(len(numbers), -1, -1, -1).reshape(-1, head_dim)
-        channels = pages.view(-1, n_slot)
-        bags = F.embedding_bag(channel, channels, per_sample_weights=weight, mode="sum")
-        return bags.view(shape)
-    # As in `bov_lightning.model.decode`: products in fp32, of as many keys as caches hold.
-    score = scratch.take("scores", shape, torch.float32)
-    exact = scratch.take("page", pages.shape[1:], torch.float32)
-    q_KQD = q_KQD.float()
-    for place, page in enumerate(numbers.tolist()):
-        torch.bmm(q_KQD, exact.copy_(pages[page]), out=score[place])
-    return score
+    channel = request.kept.get((first_page, n_query))
+    if channel is None:
+        row = numbers[:, None] * n_kv_head + torch.arange(n_kv_head)
+        channel = row[:, :, None, None] * head_dim + torch.arange(head_dim)
+        channel = channel.expand(-1, -1, n_query, -1).reshape(-1, head_dim).int()
+        request.kept[first_page, n_query] = channel
+    weight = q_KQD.to(pages.dtype).expand(len(numbers), -1, -1, -1).reshape(-1, head_dim)
+    channels = pages.view(-1, n_slot)
+    bags = F.embedding_bag(channel, channels, per_sample_weights=weight, mode="sum")
+    return bags.float().view(len(numbers), n_kv_head, n_query, n_slot)
 
 
 def band_hides(n_new: int, n_seen: int, window: int | None) -> Tensor | None:
@@ -190,12 +177,14 @@ def _values(ids_S: Tensor, table: Tensor, n_kv_head: int, scratch: Scratch) -> T
     return rows.unflatten(1, (n_kv_head, -1)).transpose(0, 1)
 
 
-def _keys(pages: Tensor, request: Request, low: int, high: int, scratch: Scratch) -> Tensor:
+def _keys(
+    pages: Tensor, request: Request, low: int, high: int, dtype: torch.dtype, scratch: Scratch
+) -> Tensor:
     """(K, S, D): the keys of tokens ``low`` to ``high`` of a request, in scratch memory."""
     _, n_kv_head, head_dim, n_slot = pages.shape
     first = low // n_slot
     numbers = request.pages[first : -(-high // n_slot)].tolist()
-    keys = scratch.take("keys", (n_kv_head, len(numbers), n_slot, head_dim), pages.dtype)
+    keys = scratch.take("keys", (n_kv_head, len(numbers), n_slot, head_dim), dtype)
     for place, page in enumerate(numbers):
         keys[:, place] = pages[page].mT
     return keys.flatten(1, 2)[:, low - first * n_slot : high - first * n_slot]
@@ -213,7 +202,7 @@ def attend_in_pieces(
 
     def part(low: int, high: int, queries: Tensor, **how) -> tuple[Tensor, Tensor]:
         """Attention to tokens ``low`` to ``high``, (K, G, n, D), and log of the sum, (K, G, n)."""
-        k_KSD = _keys(pages, request, low, high, scratch)
+        k_KSD = _keys(pages, request, low, high, q.dtype, scratch)
         v_KSD = _values(ids_S[low:high], table, n_kv_head, scratch)
         k, v = (x[:, None].expand(-1, queries.shape[1], -1, -1) for x in (k_KSD, v_KSD))
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

@@ -2,10 +2,22 @@
 
 import pytest
 import torch
-from bov_vllm import key_only_arithmetic as arithmetic
-from bov_vllm.key_only_arithmetic import Scratch, attend_pages, requests_of, write_slots
+from engines import TOLERANCE, engine, worst_difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from material import make_model, make_prompts, write_export
+
+from bov_vllm import key_only
+from bov_vllm import key_only_arithmetic as arithmetic
+from bov_vllm.key_only import attend_by_vllm, best_for_many
+from bov_vllm.key_only_arithmetic import (
+    Scratch,
+    attend_in_pieces,
+    attend_pages,
+    requests_of,
+    write_slots,
+)
+from bov_vllm.model import kind_of_pages
 
 
 class Step:
@@ -18,7 +30,8 @@ class Step:
         self.requests, self.n_slot = requests, n_slot
         n_pages = [-(-n_token // n_slot) for _, n_token in requests]
         shape = (sum(n_pages) + 3, n_kv_head, head_dim, n_slot)
-        self.pages = torch.full(shape, torch.nan, dtype=dtype)
+        kept = torch.float16 if dtype == torch.bfloat16 else dtype
+        self.pages = torch.full(shape, torch.nan, dtype=kept)
         self.page_ids = torch.full((shape[0], n_slot), 2**30, dtype=torch.int32)
         self.table = torch.randn(n_vocab, n_kv_head * head_dim, generator=generator).to(dtype)
         order = torch.randperm(shape[0], generator=generator).int()
@@ -36,14 +49,15 @@ class Step:
             self.query_start.append(self.query_start[-1] + n_new)
         self.q = torch.randn(self.query_start[-1], n_head, head_dim, generator=generator).to(dtype)
 
-    def attend(self, window, scale=0.7):
-        """What is tested."""
+    def attend(self, window, scale=0.7, many=None):
+        """What is tested; ``many`` as in `attend_pages`."""
         n_tokens = [n_token for _, n_token in self.requests]
         requests = requests_of(self.query_start, n_tokens, self.page_table, self.n_slot)
         out = torch.full_like(self.q, torch.nan)
         attend_pages(
-            self.q, self.pages, self.page_ids, self.table, requests, window, scale, out, Scratch()
-        )
+            self.q, self.pages, self.page_ids, self.table, requests, window, scale, out, Scratch(),
+            many,
+        )  # fmt: skip
         return out
 
     def dense(self, window, scale=0.7):
@@ -98,3 +112,85 @@ def test_half_precision_is_as_near_as_its_rounding(window, n_new):
     step = Step([(n_new, 300)], (4, 2), 32, head_dim=16, dtype=torch.bfloat16)
     expected = step.dense(window)
     assert (step.attend(window) - expected).norm() < 6e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("window", [None, 0, 40, 150])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+def test_prefill_by_vllms_kernel_equals_the_dense_one(window, heads):
+    """Chunks within a text and at its start, in one step; scratch memory is used again."""
+    requests = [(9, 9), (30, 200), (96, 160), (1, 70), (33, 64)]
+    step = Step(requests, heads, 32, head_dim=64)
+    found = step.attend(window, many=attend_by_vllm)
+    assert torch.allclose(found.double(), step.dense(window), atol=1e-5)
+    half = Step(requests, heads, 64, head_dim=32, dtype=torch.bfloat16)
+    expected = half.dense(window)
+    assert (half.attend(window, many=attend_by_vllm) - expected).norm() < 1e-2 * expected.norm()
+
+
+def test_vllms_kernel_is_asked_for_pages_that_it_takes():
+    assert best_for_many(32, 64) is attend_by_vllm
+    assert best_for_many(16, 64) is attend_in_pieces is best_for_many(32, 80)
+
+
+@pytest.mark.parametrize(("overlay", "share"), [("bov", 2 / 6), ("bov_second_half", 3 / 6)])
+def test_as_many_more_blocks_as_theory_says(overlay, share, tmp_path):
+    """1 / (1 - f/2) where a share f of the layers has a bank; key-only is what is not chosen."""
+    model = make_model(overlay)
+    blocks = {}
+    for name, chosen in {"stored": {"bov_values": "stored"}, "default": {}}.items():
+        export = write_export(model, tmp_path / name, **chosen)
+        with engine(export, kv_cache_memory_bytes=2**22 * 15) as served:
+            blocks[name] = served.pages.num_blocks
+    assert blocks["default"] == pytest.approx(blocks["stored"] / (1 - share / 2), abs=1)
+
+
+def test_windows_keep_values_unless_told_otherwise():
+    shapes = {pattern: make_model("bov", pattern).config for pattern in ("L", "S", "SSSL")}
+    kinds = {pattern: kind_of_pages(shape, None) for pattern, shape in shapes.items()}
+    assert kinds == {"L": "keys", "S": "stored", "SSSL": "stored"}
+    assert kind_of_pages(shapes["SSSL"], "keys") == "keys"
+
+
+def no_ids(monkeypatch):
+    """Ids are not written beside the keys."""
+    write = key_only.write_slots
+
+    def forgetful(key, ids, *where):
+        write(key, None, *where)
+
+    monkeypatch.setattr(key_only, "write_slots", forgetful)
+
+
+def late_ids(monkeypatch):
+    """Ids are written when all layers have read them."""
+    write, due = key_only.write_slots, []
+
+    def late(key, ids, *where):
+        if ids is not None:
+            while due:
+                due.pop()()
+            due.append(lambda: write(key.clone(), ids, *where))
+        write(key, None, *where)
+
+    monkeypatch.setattr(key_only, "write_slots", late)
+
+
+def window_off_by_one(monkeypatch):
+    """One token too many is seen."""
+    attend = key_only.attend_pages
+
+    def wide(q, pages, ids, table, requests, window, *rest):
+        attend(q, pages, ids, table, requests, None if window is None else window + 1, *rest)
+
+    monkeypatch.setattr(key_only, "attend_pages", wide)
+
+
+@pytest.mark.parametrize("mistake", [no_ids, late_ids, window_off_by_one], ids=lambda f: f.__name__)
+def test_a_mistake_is_found(mistake, monkeypatch, tmp_path):
+    """What the matrix of `test_model` would say if it were made."""
+    model = make_model("bov_every_layer", "SSSL")
+    export = write_export(model, tmp_path / "export", bov_values="keys")
+    mistake(monkeypatch)
+    with engine(export, max_num_batched_tokens=96) as served:
+        outputs = served.answer(make_prompts()[3:8], n_new=4)
+    assert worst_difference(model, outputs) > 10 * TOLERANCE
