@@ -51,6 +51,13 @@ def test_groups_hold_every_layer_once_in_pages_of_one_size(n_layer, pattern, kin
         assert len({page.nbytes for page in layers}) == 1
 
 
+def test_ids_beside_the_pages_are_those_of_all_rows():
+    """4 bytes a slot for the token's id, and as many for each row of its value."""
+    for name, n_row in {"bov": 1, "ngram_bank": 2, "ngram_bank_position": 2}.items():
+        plan = pages_plan(shape(name, "L"), "keys", 10**9, 4096, 16, 2048, 2)
+        assert plan.id_bytes == 4 * (plan.blocks * 16 * (1 + n_row) + 1)
+
+
 def test_what_does_not_fit_says_how_much_does():
     config = shape("bov", "SSSL")
     with pytest.raises(UserError, match="one request of 4,096 tokens needs") as caught:

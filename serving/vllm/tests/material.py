@@ -63,9 +63,9 @@ def make_model(overlay: str, pattern: str = "L", **shape) -> Transformer:
             # Rows of n-grams start at zero.
             p[model.config.padded_vocab_size :].normal_(0, 1, generator=generator)
     model.smear.strength.fill_(0.8)
-    # Sources that count n-grams find those of the prompts.
-    texts = [torch.tensor([ids]) for ids in make_prompts(model.config.vocab_size) if len(ids) > 600]
-    model.learn(torch.cat([ids[:, :600] for ids in texts]))
+    if model.lookup_source.learns_from:
+        # Of the prompts that it will be asked: others' n-grams would not be found in them.
+        model.learn(torch.tensor([ids[:600] for ids in make_prompts() if len(ids) > 600]))
     return model
 
 

@@ -23,8 +23,11 @@ from bov_vllm.model import kind_of_pages
 class Step:
     """Random requests in shuffled pages; the pages of nobody and the slots of no token are NaN."""
 
-    def __init__(self, requests, heads, n_slot, head_dim=8, n_vocab=40, dtype=None, seed=0):
-        """``requests``: pairs of new tokens and tokens in all."""
+    def __init__(
+        self, requests, heads, n_slot, head_dim=8, n_vocab=40, dtype=None, seed=0, weights=None
+    ):
+        """``requests``: pairs of new tokens and tokens in all; ``weights``: of a value's rows."""
+        self.weights, each = weights, () if weights is None else (len(weights),)
         generator = torch.Generator().manual_seed(seed)
         n_head, n_kv_head = heads
         self.requests, self.n_slot = requests, n_slot
@@ -32,7 +35,7 @@ class Step:
         shape = (sum(n_pages) + 3, n_kv_head, head_dim, n_slot)
         kept = torch.float16 if dtype == torch.bfloat16 else dtype
         self.pages = torch.full(shape, torch.nan, dtype=kept)
-        self.page_ids = torch.full((shape[0], n_slot), 2**30, dtype=torch.int32)
+        self.page_ids = torch.full((shape[0], n_slot, *each), 2**30, dtype=torch.int32)
         self.table = torch.randn(n_vocab, n_kv_head * head_dim, generator=generator).to(dtype)
         order = torch.randperm(shape[0], generator=generator).int()
         self.page_table = torch.zeros(len(requests), max(n_pages) + 2, dtype=torch.int32)
@@ -41,7 +44,7 @@ class Step:
             mine, order = order[: n_pages[row]], order[n_pages[row] :]
             self.page_table[row, : len(mine)] = mine
             keys = torch.randn(n_token, n_kv_head, head_dim, generator=generator).to(dtype)
-            ids = torch.randint(0, n_vocab, (n_token,), generator=generator)
+            ids = torch.randint(0, n_vocab, (n_token, *each), generator=generator)
             position = torch.arange(n_token)
             slots = mine[position // n_slot].long() * n_slot + position % n_slot
             write_slots(keys, ids, slots, self.pages.mT, self.page_ids)
@@ -56,7 +59,7 @@ class Step:
         out = torch.full_like(self.q, torch.nan)
         attend_pages(
             self.q, self.pages, self.page_ids, self.table, requests, window, scale, out, Scratch(),
-            many,
+            many, self.weights,
         )  # fmt: skip
         return out
 
@@ -68,7 +71,10 @@ class Step:
         ):
             q = self.q[start : start + n_new].double()
             group = q.shape[1] // keys.shape[1]
-            values = self.table[ids].double().unflatten(1, keys.shape[1:])
+            values = self.table[ids].double()
+            if self.weights is not None:
+                values = (values * torch.tensor(self.weights)[:, None].double()).sum(1)
+            values = values.unflatten(1, keys.shape[1:])
             keys, values = (x.double().repeat_interleave(group, dim=1) for x in (keys, values))
             score = torch.einsum("qhd,shd->hqs", q, keys) * scale
             distance = torch.arange(n_token - n_new, n_token)[:, None] - torch.arange(n_token)
@@ -89,12 +95,16 @@ class Step:
     n_slot=st.sampled_from([1, 16, 32]),
     n_vocab=st.sampled_from([3, 50]),
     window=st.sampled_from([None, 0, 5, 33, 1000]),
+    weights=st.sampled_from([None, None, (1.0, 1.0), (0.5, -1.0, 2.0)]),
     seed=st.integers(0, 9),
 )
-def test_paged_attention_equals_the_dense_one(requests, heads, n_slot, n_vocab, window, seed):
-    """New tokens and tokens before them; few new ones and many; texts shorter than the table."""
+def test_paged_attention_equals_the_dense_one(
+    requests, heads, n_slot, n_vocab, window, weights, seed
+):
+    """New tokens and tokens before them; few new ones and many; texts shorter than the table; one
+    row of it to a value and several."""
     requests = [(n_new, n_new + before) for n_new, before in requests]
-    step = Step(requests, heads, n_slot, n_vocab=n_vocab, seed=seed)
+    step = Step(requests, heads, n_slot, n_vocab=n_vocab, seed=seed, weights=weights)
     assert torch.allclose(step.attend(window).double(), step.dense(window), atol=1e-5)
 
 
@@ -115,11 +125,11 @@ def test_half_precision_is_as_near_as_its_rounding(window, n_new):
 
 
 @pytest.mark.parametrize("window", [None, 0, 40, 150])
-@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
-def test_prefill_by_vllms_kernel_equals_the_dense_one(window, heads):
+@pytest.mark.parametrize(("heads", "weights"), [((4, 4), None), ((6, 2), None), ((6, 2), (1, 0.3))])
+def test_prefill_by_vllms_kernel_equals_the_dense_one(window, heads, weights):
     """Chunks within a text and at its start, in one step; scratch memory is used again."""
     requests = [(9, 9), (30, 200), (96, 160), (1, 70), (33, 64)]
-    step = Step(requests, heads, 32, head_dim=64)
+    step = Step(requests, heads, 32, head_dim=64, weights=weights)
     found = step.attend(window, many=attend_by_vllm)
     assert torch.allclose(found.double(), step.dense(window), atol=1e-5)
     half = Step(requests, heads, 64, head_dim=32, dtype=torch.bfloat16)

@@ -7,6 +7,7 @@ import pytest
 from engines import BLOCK, NGRAM, TOLERANCE, engine, worst_difference
 from material import MORE, PATHS, make_model, make_prompts, write_export
 
+from bov_lightning.model.ngrams import NOTHING
 from bov_lightning.planning.serving import pages_plan
 from bov_vllm import pages
 
@@ -130,10 +131,26 @@ def late(monkeypatch):
     monkeypatch.setattr(pages, "read_previous", read_then_write)
 
 
-@pytest.mark.parametrize("mistake", [no_history, off_by_one, late], ids=lambda f: f.__name__)
-def test_a_mistake_is_found(mistake, monkeypatch, tmp_path):
+def nearest_alone(monkeypatch):
+    """Of the ids before a token, those beyond the nearest are taken for none."""
+    read = pages.read_previous
+
+    def short(*given):
+        found = read(*given)
+        found[:, 1:] = NOTHING
+        return found
+
+    monkeypatch.setattr(pages, "read_previous", short)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "overlay"),
+    [(no_history, "bov"), (off_by_one, "bov"), (late, "bov"),
+     (nearest_alone, "ngram_bank_frequent")],
+)  # fmt: skip
+def test_a_mistake_is_found(mistake, overlay, monkeypatch, tmp_path):
     """What the tests above would say if it were made."""
-    model = make_model("bov", "SSSL")
+    model = make_model(overlay, "SSSL")
     export = write_export(model, tmp_path / "export", bov_values="stored")
     mistake(monkeypatch)
     with engine(export, max_num_batched_tokens=96) as served:

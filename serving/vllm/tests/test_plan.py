@@ -26,6 +26,7 @@ def bytes_of_ids(served) -> int:
     [
         ("bov", "L", 6),
         ("bov", "SSSL", 8),
+        pytest.param("ngram_bank_frequent", "L", 6, marks=pytest.mark.slow),
         pytest.param("standard", "SL", 5, marks=pytest.mark.slow),
     ],
 )
