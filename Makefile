@@ -38,9 +38,13 @@ endef
 
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml constraints.txt
+define check_python
 	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or newer is missing: install it, or name it with PYTHON=..." >&2; exit 2; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "make: $(PYTHON) lacks venv or ensurepip: install them (on Debian and Ubuntu: apt-get install python3-venv)" >&2; exit 2; }
+endef
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(check_python)
 	@$(PYTHON) -m venv $(VENV)
 	$(call install,,bov-lightning (a few minutes the first time))
 
@@ -55,6 +59,7 @@ SERVING_BUILD := $(if $(shell command -v nvidia-smi),cuda,cpu)
 install-serving: $(SERVING)/installed
 
 $(SERVING)/installed: serving/vllm/pyproject.toml serving/vllm/constraints.txt
+	$(check_python)
 	@echo "installing vLLM ($(SERVING_BUILD)) and bov-vllm into $(SERVING) (4 GB, minutes)"
 	@$(PYTHON) -m venv $(SERVING)
 	@{ $(SERVING)/bin/python -m pip install --disable-pip-version-check \

@@ -22,7 +22,12 @@ def bytes_of_ids(served) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("overlay", "pattern", "n_layer"), [("bov", "L", 6), ("bov", "SSSL", 8), ("standard", "SL", 5)]
+    ("overlay", "pattern", "n_layer"),
+    [
+        ("bov", "L", 6),
+        ("bov", "SSSL", 8),
+        pytest.param("standard", "SL", 5, marks=pytest.mark.slow),
+    ],
 )
 def test_blocks_and_requests_are_vllms(overlay, pattern, n_layer, kind, tmp_path):
     model = make_model(overlay, pattern, n_layer=n_layer)
