@@ -204,3 +204,23 @@ def test_a_mistake_is_found(mistake, monkeypatch, tmp_path):
     with engine(export, max_num_batched_tokens=96) as served:
         outputs = served.answer(make_prompts()[3:8], n_new=4)
     assert worst_difference(model, outputs) > 10 * TOLERANCE
+
+
+@torch.inference_mode()
+def test_bf16_differs_no_more_than_our_own_cache(tmp_path):
+    """From the network's own whole forward pass in bf16, in prompts and in what follows."""
+    model = make_model("bov_every_layer").to(torch.bfloat16)
+    export = write_export(model, tmp_path / "export", bov_values="keys")
+    with engine(export, dtype="bfloat16", max_num_batched_tokens=96) as served:
+        outputs = served.answer(make_prompts()[3:9], n_new=20, prompt_logprobs=5)
+    own = theirs = 0.0
+    for output in outputs:
+        (answer,) = output.outputs
+        ids = torch.tensor([[*output.prompt_token_ids, *answer.token_ids]])
+        whole = model(ids)[0].float().log_softmax(-1)
+        cached = model(ids, cache=model.new_cache(1, 1280))[0].float().log_softmax(-1)
+        own = max(own, float((whole - cached).abs().max()))
+        for i, found in enumerate([*output.prompt_logprobs, *answer.logprobs]):
+            for token, one in (found or {}).items():
+                theirs = max(theirs, abs(one.logprob - float(whole[i - 1, token])))
+    assert theirs < max(3 * own, 0.1)
