@@ -130,7 +130,7 @@ def previous_ids(input_ids: Tensor, positions: Tensor, layer_name: str, n: int) 
 
 
 def _like_previous_ids(input_ids: Tensor, positions: Tensor, layer_name: str, n: int) -> Tensor:
-    return input_ids.new_empty((len(input_ids), n), dtype=torch.int32)
+    return input_ids.new_empty((input_ids.shape[0], n), dtype=torch.int32)
 
 
 direct_register_custom_op(
