@@ -10,13 +10,16 @@ export PYTHONNOUSERSITE := 1
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help install install-triton quickstart test test-fast test-bounds soak bench gpu-check gpu-rehearsal docs lint format
+.PHONY: help install install-triton install-serving quickstart test test-fast test-serving\
+	test-bounds soak bench gpu-check gpu-rehearsal docs lint format
 
 help:
 	@echo "make quickstart   train, validate and sample a small model (about 5 minutes on 2 cores)"
 	@echo "make test         run every test that this machine can run"
 	@echo "make test-fast    run the fast tests, in three quarters of a minute"
 	@echo "make test-bounds  run those at the lowest and at the newest versions of what it needs"
+	@echo "make install-serving   install vLLM and the plugin for it into .venv-serving (4 GB)"
+	@echo "make test-serving      run the plugin's tests there (half an hour)"
 	@echo "make soak         kill one run at 30 random moments, and compare it with an undisturbed one"
 	@echo "make bench        run all benchmarks and compare with those before (under 10 minutes)"
 	@echo "make gpu-check    check the kernels and sharding on this machine's GPU"
@@ -36,14 +39,39 @@ endef
 
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml constraints.txt
+define check_python
 	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or newer is missing: install it, or name it with PYTHON=..." >&2; exit 2; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "make: $(PYTHON) lacks venv or ensurepip: install them (on Debian and Ubuntu: apt-get install python3-venv)" >&2; exit 2; }
+endef
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(check_python)
 	@$(PYTHON) -m venv $(VENV)
 	$(call install,,bov-lightning (a few minutes the first time))
 
 $(VENV)/installed-%: $(VENV)/installed
 	$(call install,[$*],the tools for $*)
+
+# vLLM wants other versions than training, so it has an environment of its own: 4 GB, some ten minutes.
+# What it brings for pictures and sound are builds for CUDA, which break the import on a CPU.
+SERVING := .venv-serving
+SERVING_BUILD := $(if $(shell command -v nvidia-smi),cuda,cpu)
+
+install-serving: $(SERVING)/installed
+
+$(SERVING)/installed: serving/vllm/pyproject.toml serving/vllm/constraints.txt
+	$(check_python)
+	@echo "installing vLLM ($(SERVING_BUILD)) and bov-vllm into $(SERVING) (4 GB, minutes)"
+	@$(PYTHON) -m venv $(SERVING)
+	@{ $(SERVING)/bin/python -m pip install --disable-pip-version-check \
+		$(if $(filter cpu,$(SERVING_BUILD)),--constraint serving/vllm/constraints.txt) \
+		--editable 'serving/vllm[$(SERVING_BUILD),test]' \
+		&& $(SERVING)/bin/python -m pip install --disable-pip-version-check --no-deps --editable . \
+		&& { [ $(SERVING_BUILD) = cuda ] || $(SERVING)/bin/python -m pip uninstall --yes \
+			torchvision torchaudio torchcodec; } \
+	} >$(SERVING)/install.log 2>&1 || { tail -n 15 $(SERVING)/install.log >&2; \
+		echo "make: the installation failed: all of its output is in $(SERVING)/install.log" >&2; exit 2; }
+	@touch $@
 
 # The version that belongs to constraints.txt's torch, whose CUDA builds bring it along.
 install-triton: $(VENV)/installed
@@ -63,6 +91,11 @@ test: $(VENV)/installed-test
 
 test-fast: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not distributed and not slurm"
+
+# The plugin for vLLM, every value source in every way; SERVING_TESTS='-m "not slow"' is what CI runs.
+test-serving: $(SERVING)/installed
+	OMP_NUM_THREADS=1 $(SERVING)/bin/python -m pytest -c serving/vllm/pyproject.toml \
+		$(SERVING_TESTS) serving/vllm/tests
 
 # In environments of their own; torch's builds at the ends take gigabytes and many minutes.
 test-bounds:

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+VLLM = "0.32"
+"""The minor version of vLLM whose inner parts serving/vllm knows."""
+
 
 def require(owner: Any, *names: str) -> None:
     """Raises an error that says which part of a library is gone.

@@ -40,6 +40,7 @@ EXEMPT = {
     r"bov fit .*bov-(135m|780m).*": "needs GPUs; test_shrunken_copy_of_every_recipe runs it small",
     r"bov prepare .*bov-(135m|780m).*": "reads the hub; the quickstart's is run",
     r"bov (import nanochat|generate imports/theirs) .*": "tests/model/test_parity.py imports",
+    r"bov serve .*|\.venv-serving/bin/python .*": "needs vLLM; serving/vllm/tests starts them",
     r"torchrun .*": "tests/distributed/test_distributed.py starts ranks so",
     r"bov submit (?!.*--dry-run).*": "needs SLURM; tests/slurm submits",
     r"bov sweep (?!.*--dry-run).*": "trains several runs; tests/launch/test_sweep.py does, small",

@@ -43,6 +43,16 @@ NEVER = {
     "bov_lightning/interop": ("lightning",),
     "bov_lightning/value_probe": ("lightning", "bov_lightning.training"),
     "data_modules": ("bov_lightning.model", "bov_lightning.training", "evaluation"),
+    "serving/vllm/bov_vllm": (
+        "lightning",
+        "lm_eval",
+        "bov_lightning.checkpoint",
+        "bov_lightning.recipe",
+        "bov_lightning.training",
+        "bov_lightning.inference",
+        "bov_lightning.cli",
+        "data_modules",
+    ),
     "evaluation": ("bov_lightning.training", "bov_lightning.launch", "bov_lightning.cli"),
 }
 """What the files below a path must not import."""

@@ -25,6 +25,7 @@ usage: bov COMMAND ...
   probe      which layers need context in values       bov probe MODEL --data FILES
   report     curves and tables of runs, as a page      bov report RUN ... --output report.html
   generate   sample text                               bov generate RUN-or-CHECKPOINT --prompt P
+  serve      answer requests, by vLLM                   bov serve RUN-or-CHECKPOINT
   export     write a Hugging Face directory            bov export RUN-or-CHECKPOINT --output D
   import     read the paper's authors' checkpoints     bov import nanochat DIR --output D
   recipes    list the recipes that come with bov

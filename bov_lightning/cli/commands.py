@@ -3,7 +3,7 @@
 import argparse
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bov_lightning.cli.options import (
     Parser,
@@ -18,6 +18,9 @@ from bov_lightning.cli.options import (
 )
 from bov_lightning.errors import UserError
 from bov_lightning.kinds import COUNT, SEED, Range
+
+if TYPE_CHECKING:
+    from bov_lightning.model.config import TransformerConfig
 
 
 def _fit(arguments: list[str]) -> None:
@@ -95,14 +98,35 @@ def _plan(arguments: list[str]) -> None:
     parser.add_argument("--inference", action="store_true", help="what decoding costs instead")
     number(parser, "--batch", int, COUNT, default=1, help="rows decoded together")
     number(parser, "--context", int, COUNT, help="tokens per row; 10 x sequence_len")
+    parser.add_argument(
+        "--engine", choices=["bov", "vllm"], default="bov",
+        help="with --inference: vllm counts the pages that it makes of --memory",
+    )  # fmt: skip
+    number(
+        parser, "--block-size", int, COUNT, default=16,
+        help="with vllm: tokens of a block; 16 if not given, as on GPUs; CPUs have 128",
+    )  # fmt: skip
+    number(
+        parser, "--batched-tokens", int, COUNT, default=2048,
+        help="with vllm: new tokens of a step, which windows keep beside their own; "
+        "2048 if not given",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="with vllm: of pages"
+    )
     number(
         parser, "--bandwidth", float, Range(above=0), default=3350.0,
         help="memory's GB/s (an H100's if not given)",
     )  # fmt: skip
     parser.add_argument("--plot", type=path, help="also draw caches against context, to a file")
     known, options = parse_with_keys(parser, arguments)
+    if known.engine == "vllm" and not known.inference:
+        raise UserError("--engine vllm counts what decoding costs: add --inference")
     given = read_given(known, options)
     if known.inference:
+        if known.engine == "vllm":
+            _plan_pages(known, given.recipe.model.config)
+            return
         from bov_lightning.planning.decoding import print_inference_plan
 
         config = given.recipe.model.config
@@ -112,6 +136,19 @@ def _plan(arguments: list[str]) -> None:
     from bov_lightning.planning.plan import print_plan
 
     print_plan(given, known.devices, known.memory, as_json=known.json)
+
+
+def _plan_pages(known: argparse.Namespace, config: "TransformerConfig") -> None:
+    from bov_lightning.planning.devices import device_memory, parse_bytes
+    from bov_lightning.planning.serving import print_serving_plan
+
+    memory = device_memory() if known.memory is None else parse_bytes(known.memory)
+    if memory is None:
+        raise UserError("--engine vllm counts pages: give their --memory, such as 4GB")
+    print_serving_plan(
+        config, memory, known.context or config.max_context, known.block_size,
+        known.batched_tokens, known.dtype, known.json,
+    )  # fmt: skip
 
 
 def _submit(arguments: list[str]) -> None:
@@ -374,6 +411,55 @@ def _generate(arguments: list[str]) -> None:
     )  # fmt: skip
 
 
+def _serve(arguments: list[str]) -> None:
+    parser = Parser(
+        prog="bov serve",
+        description="Serves a model with vLLM, behind an API like OpenAI's.",
+        epilog="What stands after -- goes to vLLM's server as it is.",
+    )
+    parser.add_argument(
+        "checkpoint", type=path_text, help="a run directory (its newest checkpoint), a checkpoint "
+        "or an export",
+    )  # fmt: skip
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for every one of this "
+        "machine's",
+    )  # fmt: skip
+    number(parser, "--port", int, Range(1, 65_535), default=8000, help="port to listen at")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"],
+        help="of weights and pages; an export's own, else float32",
+    )  # fmt: skip
+    number(
+        parser, "--max-model-len", int, COUNT,
+        help="tokens of prompt and answer at most; 10 x sequence_len if not given",
+    )  # fmt: skip
+    parser.add_argument(
+        "--memory", metavar="4GB", help="of the pages; what vLLM takes if not given"
+    )
+    parser.add_argument(
+        "--values", choices=["stored", "keys"],
+        help="what the pages of bank layers hold: keys and values, or keys alone",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", type=path, metavar="D",
+        help="where the export goes; export-STEP-DTYPE beside the run's checkpoints if not given",
+    )  # fmt: skip
+    parser.add_argument(
+        "--python", type=path, metavar="P",
+        help="the Python that has vLLM; that of .venv-serving, or this one, if not given",
+    )  # fmt: skip
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    known = vars(parser.parse_args(arguments[:cut]))
+    from bov_lightning.inference.serving import ServeConfig, serve
+    from bov_lightning.planning.devices import parse_bytes
+
+    if known["memory"] is not None:
+        known["memory"] = parse_bytes(known["memory"])
+    checkpoint = known.pop("checkpoint")
+    serve(checkpoint, ServeConfig(**known, more=tuple(arguments[cut + 1 :])))
+
+
 def _export(arguments: list[str]) -> None:
     parser = Parser(
         prog="bov export", description="Writes a checkpoint as a Hugging Face directory."
@@ -433,6 +519,7 @@ COMMANDS = {
     "probe": _probe,
     "report": _report,
     "generate": _generate,
+    "serve": _serve,
     "export": _export,
     "import": _import,
     "recipes": _recipes,

@@ -163,6 +163,7 @@ def model_card(model: Transformer, checkpoint: Path, step: int) -> str:
         *_run_figures(checkpoint, step),
     ]  # fmt: skip
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    dtype = str(model.head.weight.dtype).removeprefix("torch.")
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -185,6 +186,12 @@ model = AutoModelForCausalLM.from_pretrained("DIRECTORY", trust_remote_code=True
 tokenizer = AutoTokenizer.from_pretrained("DIRECTORY", trust_remote_code=True)
 tokens = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=50)
 print(tokenizer.decode(tokens[0]))
+```
+
+Behind an API, with vLLM and bov-lightning's plugin for it, bov-vllm:
+
+```bash
+python -m vllm.entrypoints.openai.api_server --model DIRECTORY --dtype {dtype}
 ```
 
 A base model: it continues text and follows no instructions. It repeats what its training text

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from bov_lightning.errors import UserError
 from bov_lightning.model.config import TransformerConfig
-from bov_lightning.model.ngrams import NOTHING, Tokens, look_up, lookup_source, text_positions
+from bov_lightning.model.ngrams import (
+    NOTHING,
+    Tokens,
+    look_up,
+    lookup_source,
+    rows_per_token,
+    text_positions,
+)
 from bov_lightning.model.offload import BankRows, HostTable, Slots, moved
 
 if TYPE_CHECKING:
@@ -239,6 +246,17 @@ class LayerCache:
         """The slots of `row_ids`, and the rows by slot."""
         return self.cache.slots.on_device[self.row_ids], self.cache.rows[table].wait()
 
+    def attend(
+        self, values: "nn.Module", inputs: tuple, q_BTHD: Tensor, k_BTKD: Tensor,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Keeps the new keys; attention (B, H, T, D) to everything kept, and the new values.
+
+        ``values`` is the layer's `LayerValues`, ``inputs`` the `ValueInputs` of the new tokens.
+        """
+        k_BKSD = None if values.keeps_keys else self.keys.extend(k_BTKD)
+        return values.attend_past(inputs, q_BTHD.transpose(1, 2), k_BKSD, mask, self)
+
 
 class Cache:
     """The past of a batch of texts, to be passed to `Transformer.forward` with each new piece.
@@ -311,9 +329,7 @@ class Cache:
 
     def keep_row_ids(self) -> None:
         """Sets room aside for the rows that values are made of, as many as each token has."""
-        ids_11N = torch.zeros(1, 1, 1 + self._source.reach, dtype=torch.int64, device=self.device)
-        each = self._source.row_ids(ids_11N, ids_11N[..., 0]).shape[2:]
-        self.keep_numbers(ROW_IDS, torch.int64, tuple(each))
+        self.keep_numbers(ROW_IDS, torch.int64, rows_per_token(self._source, self.device))
 
     def keep_rows(self, table: HostTable) -> None:
         """Keeps the rows of seen tokens on the device; once per table."""

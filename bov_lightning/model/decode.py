@@ -25,16 +25,20 @@ def probabilities(q_BHTD: Tensor, k_BKSD: Tensor, mask_BTS: Tensor | None) -> Te
     """Softmax over the past of one query per head, (B, H, S) fp32."""
     n_row, n_head, _, head_dim = q_BHTD.shape
     q_BKGD = q_BHTD.reshape(n_row, k_BKSD.shape[1], -1, head_dim)
-    # Keys first: for a single query per head this product runs at the memory's speed, the
-    # transposed one at a quarter of it.
-    if k_BKSD.dtype == torch.float32 or q_BHTD.is_cuda:
-        score_BKSG = (k_BKSD @ q_BKGD.to(k_BKSD.dtype).mT).float()
-    else:
-        score_BKSG = _half_scores(q_BKGD, k_BKSD)
+    score_BKSG = scores(q_BKGD, k_BKSD)
     score_BHS = score_BKSG.mT.reshape(n_row, n_head, -1) * attention_scale(head_dim)
     if mask_BTS is not None:
         score_BHS = score_BHS.masked_fill(~mask_BTS, -torch.inf)
     return score_BHS.softmax(-1)
+
+
+def scores(q_BKGD: Tensor, k_BKSD: Tensor) -> Tensor:
+    """Products of queries and keys in fp32, (B, K, S, G); G query heads per key-value head."""
+    # Keys first: for a single query per head this product runs at the memory's speed, the
+    # transposed one at a quarter of it.
+    if k_BKSD.dtype == torch.float32 or q_BKGD.is_cuda:
+        return (k_BKSD @ q_BKGD.to(k_BKSD.dtype).mT).float()
+    return _half_scores(q_BKGD, k_BKSD)
 
 
 def _half_scores(q_BKGD: Tensor, k_BKSD: Tensor) -> Tensor:
@@ -73,7 +77,7 @@ def sum_rows(rows: Tensor, row_weights: tuple[float, ...] | None) -> Tensor:
     return value
 
 
-def _of_rows(
+def of_rows(
     weight_BHS: Tensor, row_ids: Tensor, row_weights: tuple[float, ...] | None
 ) -> tuple[Tensor, Tensor]:
     """Weights (B, H, S*R) and numbers (B, S*R) of the rows of which the past's values are made."""
@@ -123,13 +127,17 @@ def attend_bag(
     row_weights: tuple[float, ...] | None = None,
 ) -> Tensor:  # fmt: skip
     """One new token per row: an embedding bag over the past tokens."""
-    n_kv_head, group = k_BKSD.shape[1], q_BHTD.shape[1] // k_BKSD.shape[1]
     weight_BHS = probabilities(q_BHTD, k_BKSD, None if mask is None else mask[:, 0])
-    weight_BHS, row_ids_BS = _of_rows(weight_BHS, row_ids, row_weights)
+    weight_BHS, row_ids_BS = of_rows(weight_BHS, row_ids, row_weights)
+    return read_bag(weight_BHS, row_ids_BS, table, k_BKSD.shape[1]).to(q_BHTD.dtype)
+
+
+def read_bag(weight_BHS: Tensor, row_ids_BS: Tensor, table: Tensor, n_kv_head: int) -> Tensor:
+    """(B, H, 1, D): the rows of the past, each times its weight."""
+    group = weight_BHS.shape[1] // n_kv_head
     head = torch.arange(n_kv_head, device=table.device).repeat_interleave(group)
     row_BHS = row_ids_BS[:, None] * n_kv_head + head[:, None]
-    table_ND = table.view(-1, q_BHTD.shape[3])
-    return weighted_rows(weight_BHS, row_BHS, table_ND).to(q_BHTD.dtype)
+    return weighted_rows(weight_BHS, row_BHS, table.view(-1, table.shape[1] // n_kv_head))
 
 
 def attend_summed(
@@ -137,11 +145,16 @@ def attend_summed(
     row_weights: tuple[float, ...] | None = None,
 ) -> Tensor:  # fmt: skip
     """One new token per row: sums the weights of equal rows, then bags the distinct ones."""
-    n_head, head_dim, n_kv_head = q_BHTD.shape[1], q_BHTD.shape[3], k_BKSD.shape[1]
     weight_BHS = probabilities(q_BHTD, k_BKSD, None if mask is None else mask[:, 0])
-    weight_BHS, row_ids_BS = _of_rows(weight_BHS, row_ids, row_weights)
+    weight_BHS, row_ids_BS = of_rows(weight_BHS, row_ids, row_weights)
+    return read_summed(weight_BHS, row_ids_BS, table, k_BKSD.shape[1]).to(q_BHTD.dtype)
+
+
+def read_summed(weight_BHS: Tensor, row_ids_BS: Tensor, table: Tensor, n_kv_head: int) -> Tensor:
+    """`read_bag` that sums the weights of equal rows first, so as to read each row once."""
+    n_head = weight_BHS.shape[1]
     head = torch.arange(n_kv_head, device=table.device).repeat_interleave(n_head // n_kv_head)
-    table_ND = table.view(-1, head_dim)
+    table_ND = table.view(-1, table.shape[1] // n_kv_head)
     rows = []
     for weight_HS, ids_S in zip(weight_BHS, row_ids_BS, strict=True):
         seen_N = torch.zeros(len(table), dtype=torch.bool, device=table.device)
@@ -150,7 +163,7 @@ def attend_summed(
         summed_HN.scatter_add_(1, ids_S.expand(n_head, -1), weight_HS)
         row_HN = distinct * n_kv_head + head[:, None]
         rows.append(weighted_rows(summed_HN[None, :, distinct], row_HN[None], table_ND))
-    return torch.cat(rows).to(q_BHTD.dtype)
+    return torch.cat(rows)
 
 
 def best_way(n_token: int, n_read: int, n_row: int, on_cuda: bool = False) -> Callable:

@@ -78,6 +78,12 @@ def look_up(
     return Tokens(ids_BT, ngrams, source.row_ids(ngrams, positions))
 
 
+def rows_per_token(source: Lookup, device: torch.device | str) -> tuple[int, ...]:
+    """The shape of one token's `Tokens.row_ids`: (), or (R,)."""
+    ids_11N = torch.zeros(1, 1, 1 + source.reach, dtype=torch.int64, device=device)
+    return tuple(source.row_ids(ids_11N, ids_11N[..., 0]).shape[2:])
+
+
 def _ngrams(ids_BS: Tensor, reach: int, starts_BS: Tensor | None) -> Tensor:
     """(B, S - reach, 1 + reach): of all but the first ``reach`` tokens."""
     n_token = ids_BS.shape[1] - reach

@@ -351,7 +351,5 @@ class Attention(nn.Module):
             v_BTKD = heads(value).to(q_BTHD.dtype)
             y_BHTD = attend(*(x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD)), mask)
         else:
-            k_BKSD = None if self.value.keeps_keys else past.keys.extend(k_BTKD)
-            q_BHTD = q_BTHD.transpose(1, 2)
-            y_BHTD, value = self.value.attend_past(inputs, q_BHTD, k_BKSD, mask, past)
+            y_BHTD, value = past.attend(self.value, inputs, q_BTHD, k_BTKD, mask)
         return self.output(y_BHTD.transpose(1, 2).flatten(2)), value

@@ -305,9 +305,10 @@ class BankOfValues(ValueSource, name="bank"):
             rows = F.embedding(row_ids, self.table)
         else:
             rows = self.host.take(row_ids.flatten().cpu()).to(inputs.x).unflatten(0, row_ids.shape)
-        return sum_rows(rows, self._weights(row_ids))
+        return sum_rows(rows, self.weights(row_ids))
 
-    def _weights(self, row_ids: Tensor) -> tuple[float, ...] | None:
+    def weights(self, row_ids: Tensor) -> tuple[float, ...] | None:
+        """`row_weights` of the rows (B, T) or (B, T, R); None: a value is one row."""
         ones = (1.0,) * row_ids.shape[2] if row_ids.dim() == 3 else None
         return self.row_weights or ones
 
@@ -318,7 +319,7 @@ class BankOfValues(ValueSource, name="bank"):
 
     def attend_past(self, inputs, q_BHTD, k_BKSD, mask, past):
         row_ids, table = (past.row_ids, self.table) if self.host is None else past.rows(self.host)
-        return attend_bank(q_BHTD, k_BKSD, row_ids, table, mask, self._weights(row_ids))
+        return attend_bank(q_BHTD, k_BKSD, row_ids, table, mask, self.weights(row_ids))
 
     def vectors_read(self, n_past):
         n_row = self.host.n_row if self.table is None else len(self.table)
@@ -488,6 +489,17 @@ class LayerValues(nn.Module):
         """Whether a CUDA graph can replay the decoding of one token."""
         return self._source.capturable
 
+    @property
+    def bank(self) -> BankOfValues | None:
+        """The table whose rows, times coefficients, are this layer's values; None: there is more to
+        them, so that the numbers of rows are not enough."""
+        source = self._source
+        is_bank = isinstance(source, BankOfValues) and all(
+            getattr(type(source), name) is getattr(BankOfValues, name)
+            for name in ("forward", "attend_past")
+        )
+        return source if is_bank and not self.add_context else None
+
     def vectors_read(self, n_past: int) -> int:
         """How many value vectors decoding one token after ``n_past`` reads at most."""
         return n_past if self.value_cache else self._source.vectors_read(n_past)
@@ -510,13 +522,17 @@ class LayerValues(nn.Module):
             value = self(inputs)
             v_BKSD = past.values.extend(value.unflatten(-1, (k_BKSD.shape[1], -1)))
             return attend_values(q_BHTD, k_BKSD, v_BKSD, mask), value
-        scale = self.constant if self.coefficient is None else self.coefficient
         y_BHTD = self._source.attend_past(inputs, q_BHTD, k_BKSD, mask, past)
+        return self.scaled(y_BHTD), None
+
+    def scaled(self, y_BHTD: Tensor) -> Tensor:
+        """Attention (B, H, T, D) to the source's values, times the coefficient."""
+        scale = self.constant if self.coefficient is None else self.coefficient
         if self.coefficient is not None and len(scale) > 1:
-            scale_KD = scale.unflatten(0, (-1, q_BHTD.shape[3]))
-            group = q_BHTD.shape[1] // len(scale_KD)
+            scale_KD = scale.unflatten(0, (-1, y_BHTD.shape[3]))
+            group = y_BHTD.shape[1] // len(scale_KD)
             scale = scale_KD.repeat_interleave(group, dim=0)[:, None]
-        return scale * y_BHTD, None
+        return scale * y_BHTD
 
     def forward(self, inputs: ValueInputs) -> Tensor:
         """(B, T, V)."""

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'bov-lightning[triton]'")
 
 from bov_lightning.model import kernels
+from bov_lightning.model.attention import attention_scale
 from bov_lightning.model.decode import attend_gathered
 
 pytestmark = pytest.mark.gpu
@@ -116,3 +117,38 @@ def test_the_kernel_takes_half_precision(device):
     exact = attend_gathered(*(x.float() if x.is_floating_point() else x for x in arguments), None)
     assert found.dtype == torch.bfloat16
     assert (found - exact).norm() < 6e-3 * exact.norm()
+
+
+@pytest.mark.parametrize(("window", "weights"), [(None, None), (70, None), (None, (1.0, -0.5))])
+def test_the_kernel_reads_pages(monkeypatch, device, window, weights):
+    """Several requests, a padded row, pages in any order; the page table is wider than needed."""
+    monkeypatch.setattr(kernels, "PROGRAMS", 60)
+    monkeypatch.setattr(kernels, "BLOCK_S", 64)
+    generator = torch.Generator().manual_seed(1)
+    new, past, n_slot, head_dim = [1, 2, 0, 3], [40, 130, 9, 3], 16, 24
+    pages = torch.randn(20, 2, n_slot, head_dim, generator=generator)
+    each = () if weights is None else (len(weights),)
+    page_ids = torch.randint(0, 40, (20, n_slot, *each), generator=generator).int()
+    table = torch.randn(40, 2 * head_dim, generator=generator)
+    page_table = torch.randperm(20, generator=generator)[: 4 * 5].view(4, 5).int()
+    page_table = torch.cat((page_table, page_table.flip(1)), dim=1)
+    q = torch.randn(7, 4, head_dim, generator=generator)
+    starts = torch.tensor([0, *new]).cumsum(0).int()
+    spans = kernels.token_spans(7, starts.to(device), torch.tensor(past, device=device), window)
+    arguments = [x.to(device) for x in (q, pages, page_ids, table)]
+    arguments += [spans, page_table.to(device), attention_scale(head_dim), weights]
+    found = kernels.attend_pages_fused(*arguments).cpu()
+    assert torch.equal(found[-1], torch.zeros(4, head_dim))
+    row = 0
+    for request, (n_new, n_past) in enumerate(zip(new, past, strict=True)):
+        position = torch.arange(n_past)
+        page = page_table[request, position // n_slot].long()
+        k_KSD = pages[page, :, position % n_slot].transpose(0, 1)
+        ids_S = page_ids[page, position % n_slot].long()
+        for end in range(n_past - n_new + 1, n_past + 1):
+            seen = slice(0 if window is None else max(0, end - 1 - window), end)
+            expected = attend_gathered(
+                q[row, None, :, None], k_KSD[None, :, seen], ids_S[None, seen], table, None, weights
+            )
+            assert torch.allclose(found[row], expected[0, :, 0], atol=1e-5)
+            row += 1
