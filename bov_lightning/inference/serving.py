@@ -78,9 +78,9 @@ def find_python(given: Path | None) -> Path:
     python = given or (beside if beside.is_file() else Path(sys.executable))
     asked = subprocess.run([python, "-c", LOOK], capture_output=True, text=True)
     if asked.returncode:
-        said = asked.stderr.strip().splitlines()
-        raise UserError(f"{python} does not run: {said[-1] if said else asked.returncode}")
-    found = json.loads(asked.stdout.splitlines()[-1])
+        said = asked.stderr.strip().split("\n")
+        raise UserError(f"{python} does not run: {said[-1] or asked.returncode}")
+    found = json.loads(asked.stdout.strip().split("\n")[-1])
     if found["vllm"] is None:
         raise UserError(f"{python} has no vLLM: {INSTALL}")
     if not found["vllm"].startswith(f"{VLLM}."):

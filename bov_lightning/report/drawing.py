@@ -137,7 +137,9 @@ def _side_by_side(plot: Plot) -> dict[int, float]:
     if plot.x_name != "FLOPs" or plot.kind != "points":
         return {}
     rows = list(dict.fromkeys(series.row for series in plot.series))
-    return {row: 1.06 ** (i - (len(rows) - 1) / 2) for i, row in enumerate(rows)}
+    # Losses are compared along the curves, where nothing may be moved.
+    step = 1.06 if plot.y_name == "multiplier" else 1.0
+    return {row: step ** (i - (len(rows) - 1) / 2) for i, row in enumerate(rows)}
 
 
 def _draw_rungs(axes: Axes, plot: Plot, aside: dict[int, float]) -> None:

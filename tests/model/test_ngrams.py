@@ -16,6 +16,7 @@ from variants import SMALL, make_model, perturb, token_ids
 import bov_lightning
 from bov_lightning.checkpoint.writing import config_yaml, write_checkpoint
 from bov_lightning.errors import UserError
+from bov_lightning.inference.graph import StaticStep
 from bov_lightning.interop.hf_export import export
 from bov_lightning.interop.hf_vocabulary import resize_vocabulary
 from bov_lightning.model.config import TransformerConfig, ValueConfig
@@ -175,6 +176,11 @@ def test_pieces_equal_the_whole(name):
             at = ragged.lengths
             found = model(ids.gather(1, at[:, None]), cache=ragged)[:, 0]
             assert (found - whole[torch.arange(2), at]).abs().max() < 1e-4
+        step, at = StaticStep(model, ragged), ragged.lengths.clone()
+        for _ in range(2):
+            found = step(ids.gather(1, at[:, None]), [True, False])[0]
+            assert (found - whole[0, at[0]]).abs().max() < 1e-4
+            at[0] += 1
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from evaluation_material import make_llama
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bov_lightning.errors import UserError
@@ -33,6 +33,7 @@ def test_streaming_sums_are_those_of_all_values(batch_size):
         torch.testing.assert_close(sums[layer].squares, squares, rtol=1e-5, atol=0)
 
 
+@settings(max_examples=20)
 @given(st.integers(0, 2**31), st.sampled_from([1e-6, 1e-2, 1.0]))
 def test_the_regression_is_that_of_the_normal_equations(seed, ridge):
     draw = torch.Generator().manual_seed(seed)
@@ -62,8 +63,8 @@ def test_rare_ids_are_shrunk_and_unseen_ones_regressed():
 def test_parts_share_no_text(tokenizer):
     """Each document goes to one part, and all keys lead back to their ids."""
     documents = [f"{chr(97 + i) * 40} {i}" for i in range(26)] * 2
-    settings = ProbeSettings(tokens=300, held_out=150, row_length=10, batch_size=1)
-    text = make_text(documents, tokenizer, settings, 1000, 300)
+    few = ProbeSettings(tokens=300, held_out=150, row_length=10, batch_size=1)
+    text = make_text(documents, tokenizer, few, 1000, 300)
     parts = [getattr(text, name) for name in ("calibration", "choice", "measured")]
     assert [len(rows) for rows in parts] == [30, 3, 12]
     for rows in parts:
@@ -76,21 +77,21 @@ def test_parts_share_no_text(tokenizer):
 
 
 def test_a_single_document_is_cut_among_the_parts(tokenizer, texts):
-    settings = ProbeSettings(tokens=800, held_out=300, row_length=20, batch_size=2)
-    text = make_text(texts[:1], tokenizer, settings, 1000, 300)
+    few = ProbeSettings(tokens=800, held_out=300, row_length=20, batch_size=2)
+    text = make_text(texts[:1], tokenizer, few, 1000, 300)
     assert [len(text.calibration), len(text.choice), len(text.measured)] == [40, 3, 12]
 
 
 @pytest.mark.parametrize(
-    ("settings", "line"),
+    ("asked", "line"),
     [
         ({"tokens": 10**6}, "the text holds 5 tokens, too few for a batch of 4 rows"),
         ({"batch_size": 1}, "the text holds 5 tokens, too few for a batch of 1 rows"),
     ],
 )
-def test_a_text_shorter_than_a_batch_is_refused(tokenizer, settings, line):
+def test_a_text_shorter_than_a_batch_is_refused(tokenizer, asked, line):
     with pytest.raises(UserError, match=line):
-        make_text(["abcd"], tokenizer, ProbeSettings(row_length=8, **settings), 1000, 300)
+        make_text(["abcd"], tokenizer, ProbeSettings(row_length=8, **asked), 1000, 300)
 
 
 @pytest.mark.parametrize(
