@@ -81,8 +81,10 @@ def test_a_ladder_that_was_killed_goes_on_and_what_is_finished_costs_nothing(lad
 def test_the_time_limit_ends_it_and_the_same_command_goes_on(ladder):
     command = ["sweep", "--ladder", str(ladder), "--flops-per-second", "1e9", "--jobs", "2"]
     first = bov(*command, "--time-limit", "0.01", check=True, fork_children=True)
-    assert "the time is up, 8 runs are left" in first.stderr
-    assert not Path("runs.csv").exists()
+    # A run may have ended before it was told to save.
+    left = int(re.search(r"the time is up, (\d) runs are left", first.stderr)[1])
+    n_ended = len(list(lines(Path()))) if Path("runs.csv").exists() else 0
+    assert 6 <= left == 8 - n_ended
     bov(*command, check=True, fork_children=True)
     assert list(lines(Path())) == NAMES
 

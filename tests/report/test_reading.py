@@ -149,8 +149,10 @@ def learned(model) -> dict[str, dict[int, float]]:
     found: dict[str, dict[int, float]] = {}
     for layer, block in enumerate(model.blocks):
         for name in ("coefficient", "context_coefficient"):
-            if (scalar := getattr(block.attention.value, name)) is not None:
-                found.setdefault(name, {})[layer] = scalar.item()
+            value = getattr(block.attention.value, name)
+            # One per channel is no point of a plot over layers.
+            if value is not None and len(value) == 1:
+                found.setdefault(name, {})[layer] = value.item()
     return found
 
 
