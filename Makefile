@@ -16,7 +16,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 help:
 	@echo "make quickstart   train, validate and sample a small model (about 5 minutes on 2 cores)"
 	@echo "make test         run every test that this machine can run"
-	@echo "make test-fast    run the fast tests, in three quarters of a minute"
+	@echo "make test-fast    run the fast tests, in a minute"
 	@echo "make test-bounds  run those at the lowest and at the newest versions of what it needs"
 	@echo "make install-serving   install vLLM and the plugin for it into .venv-serving (4 GB)"
 	@echo "make test-serving      run the plugin's tests there (half an hour)"
