@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from bov_lightning.checkpoint.directory import prune
 from bov_lightning.checkpoint.resuming import (
+    State,
     capture_random,
     optimizer_state_of,
     random_state,
@@ -66,6 +67,7 @@ class Checkpointer(Callback):
         self.n_failed = 0
         self._kept: tuple[int, dict, tuple] | None = None
         self._stepping, self._n_batch = False, 0
+        self._prepared = False
 
     def state(self) -> tuple[int | None, int | None, str]:
         """For the screen: the step of the newest complete checkpoint, that of the one being
@@ -129,6 +131,9 @@ class Checkpointer(Callback):
         if trainer.world_size == 1 or step % self.validation.every_steps == 0:
             self._keep(trainer, module)
         last = step == trainer.max_steps or trainer.should_stop
+        if module.device.type == "cuda" and not last and not self._prepared:
+            self._prepared = True
+            self.writer.prepare(module.device, *self._tensors(trainer, module))
         if last or step % self.config.every_steps == 0:
             self._save(trainer, module)
             if last or not self.config.asynchronous:
@@ -206,14 +211,19 @@ class Checkpointer(Callback):
 
     def _save(self, trainer: Trainer, module: LightningModule) -> None:
         step, rest, captured = self._kept or self._state(trainer, module)
-        random = random_state(trainer.global_rank, module.device, captured)
         self._finish(False)
+        self.writer.start(step, *self._tensors(trainer, module, captured), rest, self._prune)
+        self.saved_step = step
+
+    def _tensors(
+        self, trainer: Trainer, module: LightningModule, captured: tuple | None = None
+    ) -> tuple[State, State]:
+        """Weights; states of the optimizer and of the random generators."""
+        random = random_state(trainer.global_rank, module.device, captured)
         # After a validation batch some parameters are still whole.
         reshard(module.model)
         optimizer = optimizer_state_of(module.model, trainer.optimizers[0])
-        weights = weights_of(module.model)
-        self.writer.start(step, weights, optimizer | random, rest, self._prune)
-        self.saved_step = step
+        return weights_of(module.model), optimizer | random
 
     def _finish(self, must_succeed: bool) -> None:
         """Waits for the checkpoint being written; some may fail, but not the last one."""
