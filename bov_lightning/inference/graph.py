@@ -254,9 +254,9 @@ class StaticSteps:
 
 def why_not_static(cache: Cache) -> str:
     """Why a `StaticStep` cannot serve this cache; empty where it can."""
-    if cache.rows:
+    values = [block.attention.value for block in cache._blocks]
+    if any(value.on_host for value in values):
         return "value tables lie on the host (bank_device), which hands over rows at every step"
-    values = (block.attention.value for block in cache._blocks)
     if not all(value.capturable for value in values):
         return f"value.source {cache.config.value.source} says that it is not capturable"
     if cache.device.type == "cuda":

@@ -490,6 +490,11 @@ class LayerValues(nn.Module):
         return self._source.capturable
 
     @property
+    def on_host(self) -> bool:
+        """Whether values are made of a table that does not lie on the model's device."""
+        return getattr(self._source, "host", None) is not None
+
+    @property
     def bank(self) -> BankOfValues | None:
         """The table whose rows, times coefficients, are this layer's values; None: there is more to
         them, so that the numbers of rows are not enough."""

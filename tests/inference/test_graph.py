@@ -132,9 +132,10 @@ def test_wrong_use_is_refused(monkeypatch):
     assert not why_not_static(model_of("standard").new_cache(2, 3))
 
 
+@pytest.mark.parametrize("name", ["bov", "bov_add_context"])
 @torch.no_grad()
-def test_tables_on_the_host_are_read_by_other_steps():
-    model = model_of("bov")
+def test_tables_on_the_host_are_read_by_other_steps(name):
+    model = model_of(name)
     for block in model.blocks:
         source = block.attention.value.source
         if isinstance(source, BankOfValues):
