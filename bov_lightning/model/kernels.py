@@ -1,9 +1,9 @@
 """Triton kernels: q.K^T, softmax and the values in one pass over the past, for one new token.
 
 The past is split over programs, each with its own online softmax (Milakov and Gimelshein, 2018), so
-that one row of a batch keeps a whole GPU busy; a second, small kernel joins their results. Values
-are made of rows of a table, or kept. `bov_lightning.model.decode` holds the same in PyTorch, which
-this is tested against.
+that one row of a batch keeps a whole GPU busy; the last program of a head to end joins their
+results. Values are made of rows of a table, or kept. `bov_lightning.model.decode` holds the same in
+PyTorch, which this is tested against.
 """
 
 from functools import lru_cache
@@ -35,17 +35,52 @@ if triton is not None:
     # Numbers that grow with the text are no constants of the compiled kernel: it is compiled once.
     GROWING = ["ids_row", "mask_row", "pages_row", "n_past", "per_split", "n_split", "n_part"]
 
+    @triton.jit
+    def join_parts(
+        parts, out, bag, n_split, n_part,
+        DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """One head's attention to all parts of the past."""
+        d = tl.arange(0, BLOCK_D)
+        highest = -float("inf")
+        weight_sum = 0.0
+        value_sum = tl.zeros((BLOCK_D,), dtype=tl.float32)
+        for start in range(0, n_split, BLOCK):
+            s = start + tl.arange(0, BLOCK)
+            there = s < n_split
+            part = bag * n_split + s
+            read = there[:, None] & (d < DIM)[None, :]
+            # From the L2 cache, which all multiprocessors write through.
+            at = parts + n_part * DIM + part
+            peak = tl.load(at, mask=there, other=-float("inf"), cache_modifier=".cg")
+            total = tl.load(at + n_part, mask=there, other=0.0, cache_modifier=".cg")
+            at = parts + part[:, None] * DIM + d[None, :]
+            found = tl.load(at, mask=read, other=0.0, cache_modifier=".cg")
+            new_highest = tl.maximum(highest, tl.max(peak, 0))
+            shift = tl.where(new_highest == -float("inf"), 0.0, new_highest)
+            share = tl.exp(peak - shift)
+            decay = tl.exp(highest - shift)
+            value_sum = value_sum * decay + tl.sum(share[:, None] * found, 0)
+            weight_sum = weight_sum * decay + tl.sum(share * total, 0)
+            highest = new_highest
+        # Padding sees nothing.
+        y = value_sum / tl.where(weight_sum == 0, 1.0, weight_sum)
+        tl.store(out + bag * DIM + d, y.to(out.dtype.element_ty), mask=d < DIM)
+
     # The first id or mask that a window reaches moves with every token.
     @triton.jit(do_not_specialize=GROWING, do_not_specialize_on_alignment=["ids", "mask"])
     def attend_split(
-        q, k, ids, weights, values, mask, spans, pages, parts,
+        q, k, ids, weights, values, mask, spans, pages, parts, ended, out,
         k_row, k_head, k_token, v_row, v_head, v_token, ids_row, mask_row, pages_row,
         n_past, per_split, n_split, n_part, scale,
         HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
         BLOCK: tl.constexpr, ROWS: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr,
-        PAGE: tl.constexpr,
+        PAGE: tl.constexpr, BLOCK_PARTS: tl.constexpr,
     ):  # fmt: skip
-        """One head's attention to one part of the past: unscaled output, its maximum and sum.
+        """One head's attention to one part of the past; the last program of a head joins its parts.
+
+        A part is the unscaled output, the maximum and the sum of its softmax. ``ended`` counts a
+        head's programs; it is zero before and after.
 
         PAGE > 0: keys and ids lie in pages of so many slots, whose strides are ``k_row`` and so on,
         and ``spans`` says of each row of queries which row of ``pages`` lists them, and the first
@@ -113,42 +148,36 @@ if triton is not None:
         tl.store(parts + part * DIM + d, value_sum, mask=d < DIM)
         tl.store(parts + n_part * DIM + part, highest)
         tl.store(parts + n_part * (DIM + 1) + part, weight_sum)
-
-    @triton.jit(do_not_specialize=["n_split", "n_part"])
-    def join_parts(
-        parts, out, n_split, n_part,
-        DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        """One head's attention to all parts of the past."""
-        bag = tl.program_id(0)
-        d = tl.arange(0, BLOCK_D)
-        highest = -float("inf")
-        weight_sum = 0.0
-        value_sum = tl.zeros((BLOCK_D,), dtype=tl.float32)
-        for start in range(0, n_split, BLOCK):
-            s = start + tl.arange(0, BLOCK)
-            there = s < n_split
-            part = bag * n_split + s
-            peak = tl.load(parts + n_part * DIM + part, mask=there, other=-float("inf"))
-            total = tl.load(parts + n_part * (DIM + 1) + part, mask=there, other=0.0)
-            read = there[:, None] & (d < DIM)[None, :]
-            found = tl.load(parts + part[:, None] * DIM + d[None, :], mask=read, other=0.0)
-            new_highest = tl.maximum(highest, tl.max(peak, 0))
-            shift = tl.where(new_highest == -float("inf"), 0.0, new_highest)
-            share = tl.exp(peak - shift)
-            decay = tl.exp(highest - shift)
-            value_sum = value_sum * decay + tl.sum(share[:, None] * found, 0)
-            weight_sum = weight_sum * decay + tl.sum(share * total, 0)
-            highest = new_highest
-        # Padding sees nothing.
-        y = value_sum / tl.where(weight_sum == 0, 1.0, weight_sum)
-        tl.store(out + bag * DIM + d, y.to(out.dtype.element_ty), mask=d < DIM)
+        # All threads have stored before one of them says so.
+        tl.debug_barrier()
+        if tl.atomic_add(ended + bag, 1, sem="acq_rel") == n_split - 1:
+            join_parts(parts, out, bag, n_split, n_part, DIM, BLOCK_D, BLOCK_PARTS)
+            tl.store(ended + bag, 0)
 
 
 @lru_cache(maxsize=8)
 def _on_device(row_weights: tuple[float, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(row_weights, device=device)
+
+
+_ended: dict[torch.device, list[Tensor]] = {}
+
+
+def _ended_on(device: torch.device, n_bag: int) -> Tensor:
+    """Zeros for a kernel to count in, which leaves zeros for the next one on that device.
+
+    Two streams of one device must not run such kernels at the same time.
+    """
+    made = _ended.setdefault(device, [])
+    if made and len(made[-1]) >= n_bag:
+        return made[-1]
+    with torch.inference_mode(False):
+        zeros = torch.zeros(2 ** max(12, n_bag.bit_length()), dtype=torch.int32, device=device)
+    # What a graph records fills nothing until it is replayed: such zeros are that graph's own.
+    if device.type == "cpu" or not torch.cuda.is_current_stream_capturing():
+        made.append(zeros)  # those before stay: graphs that were recorded with them write there
+    return zeros
 
 
 def attend_fused(
@@ -176,7 +205,7 @@ def _attend_in_parts(
 ) -> Tensor:  # fmt: skip
     """``strides`` of the values: from row to row, from head to head, from token or id to the next.
 
-    Nothing here waits for the device, and without a mask nothing but the two kernels runs.
+    Nothing here waits for the device, and without a mask nothing but the kernel runs.
     """
     n_row, n_head, _, head_dim = q_BHTD.shape
     n_past = k_BKSD.shape[2]
@@ -201,7 +230,7 @@ def _launch(
     pages: Tensor | None = None, n_slot: int = 0, *, n_past: int, per_split: int, n_split: int,
     scale: float,
 ) -> Tensor:  # fmt: skip
-    """Both kernels: attention in the shape of ``q``, whose first two dimensions are rows and heads.
+    """Attention in the shape of ``q``, whose first two dimensions are rows and heads.
 
     ``n_slot``: of a page, where ``k`` and ``ids`` are pages.
     """
@@ -224,15 +253,11 @@ def _launch(
     with torch.cuda.device_of(out):
         attend_split[(n_row * n_split, n_head)](
             q, k, at(ids), at(weights), values, at(seen), at(spans), at(pages), parts,
-            *k.stride()[:3], *strides, row(ids), row(seen), row(pages),
-            n_past, per_split, n_split, n_bag * n_split, scale,
+            _ended_on(out.device, n_bag), out, *k.stride()[:3], *strides, row(ids), row(seen),
+            row(pages), n_past, per_split, n_split, n_bag * n_split, scale,
             HEADS=n_head, GROUP=n_head // n_kv_head, DIM=head_dim, BLOCK_D=block_d, BLOCK=BLOCK_S,
             ROWS=len(row_weights), WEIGHTED=weighted, MASKED=seen is not None, PAGE=n_slot,
-            num_warps=WARPS,
-        )  # fmt: skip
-        join_parts[(n_bag,)](
-            parts, out, n_split, n_bag * n_split,
-            DIM=head_dim, BLOCK_D=block_d, BLOCK=BLOCK_PARTS, num_warps=WARPS,
+            BLOCK_PARTS=BLOCK_PARTS, num_warps=WARPS,
         )  # fmt: skip
     return out
 

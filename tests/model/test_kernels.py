@@ -78,9 +78,8 @@ class Recorder:
 
 
 def test_kernels_are_compiled_once_whatever_the_length_is(monkeypatch, device):
-    recorders = [Recorder(kernels.attend_split), Recorder(kernels.join_parts)]
-    monkeypatch.setattr(kernels, "attend_split", recorders[0])
-    monkeypatch.setattr(kernels, "join_parts", recorders[1])
+    recorder = Recorder(kernels.attend_split)
+    monkeypatch.setattr(kernels, "attend_split", recorder)
     monkeypatch.setattr(kernels, "PROGRAMS", 8)
     q, k = torch.randn(2, 2, 1, 16), torch.randn(2, 2, 260, 16)
     ids, table = torch.randint(0, 40, (2, 260)), torch.randn(40, 32)
@@ -91,7 +90,18 @@ def test_kernels_are_compiled_once_whatever_the_length_is(monkeypatch, device):
         arguments = (q, k[:, :, 260 - n_past :], ids[:, 260 - n_past :], table)
         for seen in (None, mask[..., 260 - n_past :]):
             kernels.attend_fused(*arguments, seen)
-    assert [len(recorder.kinds) for recorder in recorders] == [2, 1]
+    assert len(recorder.kinds) == 2
+
+
+def test_what_kernels_count_in_is_zero_and_stays_for_graphs(monkeypatch, device):
+    monkeypatch.setattr(kernels, "_ended", {})
+    small, large, last = (kernels._ended_on(device, n_bag) for n_bag in (4, 5000, 4))
+    assert last is large is not small
+    assert kernels._ended[device] == [small, large]
+    q, k = torch.randn(2, 2, 1, 16), torch.randn(2, 2, 300, 16)
+    ids, table = torch.randint(0, 40, (2, 300)), torch.randn(40, 32)
+    kernels.attend_fused(*(x.to(device) for x in (q, k, ids, table)), None)
+    assert not any(zeros.any() for zeros in (small, large))
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.5), (2.0, -1.0, 0.25), (0.5,)])
