@@ -11,7 +11,7 @@ from fake_gpu import CUDA, fake_gpu
 from variants import OVERLAYS, make_model, mostly_slow
 
 from bov_lightning.inference.graph import FixedCache
-from bov_lightning.model import matmul
+from bov_lightning.model import kernels, matmul
 from bov_lightning.model.values import BankOfValues
 from bov_lightning.optim.config import OptimizerConfig
 from bov_lightning.optim.groups import build_groups
@@ -75,6 +75,35 @@ def test_decoding_a_token_waits_for_nothing(name):
             fixed.take_over()
             assert model(ids[:, :1], cache=fixed).device == CUDA
             assert watch.waits == []
+
+
+def test_a_past_that_grows_is_attended_to_without_plans_for_its_length(monkeypatch):
+    """cuDNN's kernel plans each new length for 40 ms, which whole rows alone are worth."""
+    planned, calls = [], []
+
+    def watched(*args, **kwargs):
+        planned.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*args, **kwargs)
+
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    with torch.no_grad(), fake_gpu():
+        for name in ("attend_kept", "attend_fused"):
+            way = getattr(kernels, name)
+            monkeypatch.setattr(
+                kernels, name, lambda *args, way=way, name=name: calls.append(name) or way(*args)
+            )
+        model = model_on_cuda("bov")
+        cache = model.new_cache(2, 40)
+        seen = []
+        for n_token in (20, 5, 1):
+            model(torch.zeros(2, n_token, dtype=torch.int64, device=CUDA), cache=cache)
+            seen.append((set(planned), calls.copy()))
+            planned.clear()
+    whole, piece, token = seen
+    assert whole == ({True}, [])
+    assert piece == ({False}, [])
+    assert token[1] == ["attend_kept"] * 2 + ["attend_fused"]
 
 
 def test_what_lies_on_the_cpu_is_found(monkeypatch):

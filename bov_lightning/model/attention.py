@@ -4,17 +4,22 @@ Shapes: B batch, T time, C = d_model, H query heads, K key-value heads, D head d
 """
 
 import math
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import TYPE_CHECKING, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 ROTARY_BASE = 100_000
+ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""PyTorch's kernels for a past that grows: cuDNN's plans every new length first, for 40 ms."""
+
 QK_SCALE = 1.2
 """Normed queries and keys are both multiplied by this; `attention_scale` does it in one product."""
 
@@ -209,10 +214,11 @@ def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Mask) -> Tensor
     # Decided here: lengths are symbols while a graph of any length is exported.
     if mask is None and q_BHTD.shape[2] == k_BKTD.shape[2]:
         is_causal = True
-    return F.scaled_dot_product_attention(
-        q_BHTD, k_BKTD, v_BKTD,
-        attn_mask=mask, is_causal=is_causal, **how,
-    )  # fmt: skip
+    with nullcontext() if is_causal or not q_BHTD.is_cuda else sdpa_kernel(ANY_LENGTH):
+        return F.scaled_dot_product_attention(
+            q_BHTD, k_BKTD, v_BKTD,
+            attn_mask=mask, is_causal=is_causal, **how,
+        )  # fmt: skip
 
 
 @lru_cache(maxsize=32)

@@ -90,10 +90,9 @@ def of_rows(
 def attend_values(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask) -> Tensor:
     """`attend` to kept values, faster for one new token per row on a CPU.
 
-    Under a mask on CUDA, one new token of a row takes the kernel that is split over the past, as
-    PyTorch's own is without one.
+    On CUDA it takes the kernel that is split over the past, which needs no plan for its length.
     """
-    if q_BHTD.is_cuda and q_BHTD.shape[2] == 1 and mask is not None:
+    if q_BHTD.is_cuda and q_BHTD.shape[2] == 1:
         from bov_lightning.model.kernels import attend_kept, triton
 
         if triton is not None:

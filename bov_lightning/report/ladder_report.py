@@ -189,7 +189,7 @@ def make_ladder_report(study: Study) -> Report:
     if ladder.tuning is not None:
         sections.append(Section("Learning rates", [_tuning_text(study)], _tuning(study)))
     sections.append(Section("Cost", [], [_cost(study), _runs(study)]))
-    return Report(f"Ladder {ladder.name}", _headline(study, verdict), sections)
+    return Report(f"A ladder of sizes: {ladder.name}", _headline(study, verdict), sections)
 
 
 def _headline(study: Study, verdict: Verdict) -> str:
@@ -199,7 +199,8 @@ def _headline(study: Study, verdict: Verdict) -> str:
 def finding(study: Study, verdict: Verdict) -> list[str]:
     """The result, in two sentences."""
     rules = study.ladder.verdict
-    said = f"By the rules that the file holds, this is {verdict.word}: {verdict.reason}."
+    held = f"By the rules that {study.ladder.path.name} held before the runs"
+    said = f"{held}, this is {verdict.word}: {verdict.reason}."
     parts = []
     for name in rules.controls:
         found = study.compared(rules.arm, name)
@@ -212,7 +213,8 @@ def finding(study: Study, verdict: Verdict) -> list[str]:
         parts.append(f"{name} would need {', '.join(numbers)} times the compute")
     if not parts:
         return [said]
-    return [f"For the loss that {rules.arm} reaches, {', and '.join(parts)}.", said]
+    told = f"For the loss that {rules.arm} reaches, {', and '.join(parts)}"
+    return [f"{told} (in brackets 95% intervals, over seeds and the curve's fit).", said]
 
 
 def _short(m: Estimate) -> str:

@@ -10,7 +10,9 @@ from bov_lightning.report.statistics import Estimate
 WORDS = {
     "multiplier_above": "multiplier above {}",
     "interval_above": "whole interval above {}",
-    "slope_interval_reaches": "slope of the multiplier's logarithm not clearly below {}",
+    "slope_interval_reaches": (
+        "the multiplier does not clearly fall as compute grows (its slope's interval reaches {})"
+    ),
     "interval_reaches_down_to": "interval reaches down to {}",
     "multiplier_at_most": "multiplier {} or less",
     "tuning_takes_multiplier_to": "tuning takes the multiplier to {} or less",
@@ -83,11 +85,16 @@ class Verdict:
             return "; ".join(f"{c.words} ({c.said})" for c in self.refuted if c.holds)
         if self.word == SUPPORTED:
             return f"these hold: {'; '.join(c.words for c in self.supported)}"
-        for holds, what in ((None, "not known"), (False, "does not hold")):
-            found = [c for c in (*self.supported, *self.refuted * (holds is None))
-                     if c.holds is holds]  # fmt: skip
-            if found:
-                return "; ".join(f"{what}: {c.words} ({c.said})" for c in found)
+        unknown = [c for c in (*self.supported, *self.refuted) if c.holds is None]
+        if unknown:
+            return "; ".join(f"not known: {c.words} ({c.said})" for c in unknown)
+        failed = [c for c in self.supported if c.holds is False]
+        if failed:
+            return (
+                f"of the {len(self.supported)} conditions for {SUPPORTED}, {len(failed)} fail"
+                f"{'s' * (len(failed) == 1)}, and none for {REFUTED} holds. What fails: "
+                + "; ".join(f"{c.words}: {c.said}" for c in failed)
+            )
         return "there are no rules"
 
 
@@ -133,7 +140,7 @@ def _compared(
         slope = numbers.slopes.get(name)
         if slope is None or not slope.has_interval:
             return [(None, "has no interval for the multiplier's slope")]
-        return [(slope.high >= than, f"has a multiplier whose slope is {_shown(slope, '+.3f')}")]
+        return [(slope.high >= than, f"has the slope {_shown(slope, '+.3f')}")]
     if rule == "tuning_takes_multiplier_to":
         tuned = numbers.tuned.get(name)
         if tuned is None or not all(map(math.isfinite, (tuned.untuned, tuned.tuned))):
