@@ -9,7 +9,7 @@ from optim.test_sharded import SIZES, check_same_training, train_and_save
 from processes import in_processes
 from runs import assert_same_end, die_after, fit
 from torch.utils.flop_counter import FlopCounterMode
-from variants import OVERLAYS, PATHS, make_model, mostly_slow, perturb, token_ids
+from variants import OVERLAYS, PATHS, WAYS, make_model, mostly_slow, perturb, token_ids
 
 import bov_lightning
 from bov_lightning.model.config import TransformerConfig, ValueConfig
@@ -65,7 +65,7 @@ def test_planned_parameters_and_caches_are_the_real_ones(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", WAYS)
 def test_a_resumed_run_ends_as_an_undisturbed_one(name, tiny_recipe):
     overlay = ("--config", str(PATHS[name]))
     parts = fit(tiny_recipe, *overlay)
@@ -81,16 +81,17 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(name, tiny_recipe):
 
 
 def train_all(rank: int, world: int, folder: Path) -> None:
-    for name, value in OVERLAYS.items():
-        config = TransformerConfig(**SIZES, value=ValueConfig(**value))
+    for name in WAYS:
+        config = TransformerConfig(**SIZES, value=ValueConfig(**OVERLAYS[name]))
         train_and_save(rank, world, config, 1, folder / name)
 
 
 @pytest.mark.distributed
-def test_two_ranks_train_every_variant_as_one_does(tmp_path):
+def test_two_ranks_train_variants_of_every_way_as_one_does(tmp_path):
     """FSDP2 over gloo; starting the ranks takes longer than training, so they do them all."""
-    for name in OVERLAYS:
+    for name in WAYS:
         (tmp_path / name).mkdir()
     in_processes(2, train_all, tmp_path)
-    for name, value in OVERLAYS.items():
-        check_same_training(TransformerConfig(**SIZES, value=ValueConfig(**value)), tmp_path / name)
+    for name in WAYS:
+        config = TransformerConfig(**SIZES, value=ValueConfig(**OVERLAYS[name]))
+        check_same_training(config, tmp_path / name)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from variants import KINDS, OVERLAYS, make_model, mostly_slow, perturb, token_ids
+from variants import KINDS, OVERLAYS, WAYS, make_model, mostly_slow, perturb, token_ids
 
 from bov_lightning.errors import UserError
 from bov_lightning.inference.decoding import Decoding
@@ -24,7 +24,7 @@ def continued(model, prompts, sampling, **options) -> list[list[int]]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", mostly_slow(OVERLAYS, KINDS))
+@pytest.mark.parametrize("name", mostly_slow(WAYS, KINDS))
 def test_static_steps_choose_the_same_tokens(name, device):
     """Prompts of several lengths, one row beyond its window of 128 before another, one that ends
     early because the context is full."""

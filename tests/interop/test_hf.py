@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from variants import OVERLAYS, make_model, mostly_slow, perturb, token_ids
+from variants import OVERLAYS, WAYS, make_model, mostly_slow, perturb, token_ids
 
 import bov_lightning
 import bov_lightning.hf
@@ -105,9 +105,9 @@ def model(exported) -> BoVForCausalLM:
     return AutoModelForCausalLM.from_pretrained(exported).eval()
 
 
-@pytest.mark.parametrize("name", mostly_slow(OVERLAYS, {"bov", "value_embedding_gated"}))
+@pytest.mark.parametrize("name", mostly_slow(WAYS, {"bov", "value_embedding_gated"}))
 @torch.no_grad()
-def test_every_variant_goes_out_and_comes_back(name, tmp_path):
+def test_variants_of_every_way_go_out_and_come_back(name, tmp_path):
     source = write(tmp_path, name, n_layer=3, window_pattern="SL")
     export(source, tmp_path / "export")
     ids = token_ids(200)
