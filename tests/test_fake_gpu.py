@@ -45,7 +45,7 @@ def train(model, n_micro: int = 1) -> None:
     assert {t.device for t in tensors} == {CUDA}
 
 
-@pytest.mark.parametrize("name", mostly_slow(WAYS, FAST))
+@pytest.mark.parametrize("name", mostly_slow(WAYS, FAST, outside=False))
 def test_a_step_of_training_waits_for_the_gpu_once(monkeypatch, name):
     """The optimizer reads the gradients' norm; nothing else does, and nothing lies on the CPU."""
     first = name in FAST
@@ -59,7 +59,7 @@ def test_a_step_of_training_waits_for_the_gpu_once(monkeypatch, name):
     assert not cpu_products(watch)
 
 
-@pytest.mark.parametrize("name", mostly_slow(WAYS, FAST))
+@pytest.mark.parametrize("name", mostly_slow(WAYS, FAST, outside=False))
 def test_decoding_a_token_waits_for_nothing(name):
     """So that a CUDA graph can hold the step; the eager one does not wait either."""
     with fake_gpu() as watch, torch.no_grad():
@@ -77,6 +77,7 @@ def test_decoding_a_token_waits_for_nothing(name):
             assert watch.waits == []
 
 
+@pytest.mark.slow
 def test_what_lies_on_the_cpu_is_found(monkeypatch):
     def of_the_cpu(bank, inputs, projection):
         scale = torch.ones(bank.table.shape[1])
@@ -89,6 +90,7 @@ def test_what_lies_on_the_cpu_is_found(monkeypatch):
             train(model)
 
 
+@pytest.mark.slow
 def test_products_of_the_cpu_are_found(monkeypatch):
     monkeypatch.setattr(matmul, "ONEDNN_IS_FASTER", True)
     monkeypatch.setattr(matmul, "_is_fp32_on_cpu", lambda x: True)

@@ -91,7 +91,10 @@ def token_ids(n_token: int, n_row: int = 2, vocab_size: int = 70) -> torch.Tenso
     return torch.randint(0, vocab_size, (n_row, n_token), generator=generator)
 
 
-def mostly_slow(names, fast) -> list:
-    """Parameters of a test that runs for a few variants at once and for all in the slow suite."""
-    fast = {*fast, *OUTSIDE}
+def mostly_slow(names, fast, outside: bool = True) -> list:
+    """Parameters of a test that runs for a few variants at once and for all in the slow suite.
+
+    ``outside``: those whose class is not in the package are among the few.
+    """
+    fast = {*fast, *(OUTSIDE if outside else ())}
     return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
