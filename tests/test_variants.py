@@ -9,7 +9,17 @@ from optim.test_sharded import SIZES, check_same_training, train_and_save
 from processes import in_processes
 from runs import assert_same_end, die_after, fit
 from torch.utils.flop_counter import FlopCounterMode
-from variants import KINDS, OVERLAYS, PATHS, WAYS, make_model, mostly_slow, perturb, token_ids
+from variants import (
+    KINDS,
+    OUTSIDE,
+    OVERLAYS,
+    PATHS,
+    WAYS,
+    make_model,
+    mostly_slow,
+    perturb,
+    token_ids,
+)
 
 import bov_lightning
 from bov_lightning.model.config import TransformerConfig, ValueConfig
@@ -69,8 +79,9 @@ def test_planned_parameters_and_caches_are_the_real_ones(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", [*sorted(KINDS), "bov_shared_table", *OUTSIDE])
 def test_a_resumed_run_ends_as_an_undisturbed_one(name, tiny_recipe):
+    """Of every kind of parameters that a checkpoint holds."""
     overlay = ("--config", str(PATHS[name]))
     parts = fit(tiny_recipe, *overlay)
     whole = shutil.copytree(parts, "whole")

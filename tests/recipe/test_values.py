@@ -95,11 +95,11 @@ def test_numbers_beyond_their_range_are_refused_with_it(key, annotation):
     within, kinds = range_of(annotation), options_of(annotation)
     for value in [*numbers_beyond(within, float not in kinds), *NOWHERE]:
         shown = [value] if element_of(annotation) is not None else value
+        text = yaml.safe_dump(shown, default_flow_style=True).removesuffix("...\n").strip()
         with pytest.raises(UserError) as refused:
             if value in NOWHERE and within.most is not None:
                 settle(shown, annotation, key)
             else:
-                text = yaml.safe_dump(shown, default_flow_style=True).removesuffix("...\n").strip()
                 read(f"--{key}", text)
         assert key in str(refused.value), value
         if isinstance(value, int):
