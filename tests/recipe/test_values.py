@@ -96,7 +96,7 @@ def test_numbers_beyond_their_range_are_refused_with_it(key, annotation):
     for value in [*numbers_beyond(within, float not in kinds), *NOWHERE]:
         shown = [value] if element_of(annotation) is not None else value
         text = yaml.safe_dump(shown, default_flow_style=True).removesuffix("...\n").strip()
-        with pytest.raises(UserError) as refused:
+        with pytest.raises(UserError) as refused:  # noqa: PT012 (one of two)
             if value in NOWHERE and within.most is not None:
                 settle(shown, annotation, key)
             else:
