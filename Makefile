@@ -84,10 +84,10 @@ quickstart: install
 	@echo "--- the run lies in runs/quickstart"
 
 # Two processes with one thread each: the tests train tiny models. The drills on SLURM clusters wait
-# most of the time, five side by side.
+# most of the time, five side by side. TESTS='not slurm' rehearses what is measured on a GPU, too.
+TESTS ?= not slurm and not rehearsal
 test: $(VENV)/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal \
-		-m "not slurm and not rehearsal"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "$(TESTS)"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 5 --dist loadfile tests/slurm
 
 test-fast: $(VENV)/installed-test
