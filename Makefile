@@ -84,13 +84,15 @@ quickstart: install
 	@echo "--- the run lies in runs/quickstart"
 
 # Two processes with one thread each: the tests train tiny models. The drills on SLURM clusters wait
-# most of the time, five side by side.
+# most of the time, five side by side. TESTS='not slurm' rehearses what is measured on a GPU, too.
+TESTS ?= not slurm and not rehearsal
 test: $(VENV)/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slurm and not rehearsal"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "$(TESTS)"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 5 --dist loadfile tests/slurm
 
 test-fast: $(VENV)/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not distributed and not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal \
+		-m "not slow and not distributed and not slurm"
 
 # The plugin for vLLM, every value source in every way; SERVING_TESTS='-m "not slow"' is what CI runs.
 test-serving: $(SERVING)/installed

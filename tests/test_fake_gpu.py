@@ -1,4 +1,4 @@
-"""The paths of a GPU, without one: every variant trains and decodes in tensors on "cuda".
+"""The paths of a GPU, without one: variants of every way train and decode in tensors on "cuda".
 
 What is left on the CPU, waits for the GPU, or takes a way that is the CPU's, is found here.
 """
@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 import torch
 from fake_gpu import CUDA, fake_gpu
-from variants import OVERLAYS, make_model, mostly_slow
+from variants import OVERLAYS, WAYS, make_model, mostly_slow
 
 from bov_lightning.inference.graph import FixedCache
 from bov_lightning.model import kernels, matmul
@@ -45,7 +45,7 @@ def train(model, n_micro: int = 1) -> None:
     assert {t.device for t in tensors} == {CUDA}
 
 
-@pytest.mark.parametrize("name", mostly_slow(OVERLAYS, FAST))
+@pytest.mark.parametrize("name", mostly_slow(WAYS, FAST, outside=False))
 def test_a_step_of_training_waits_for_the_gpu_once(monkeypatch, name):
     """The optimizer reads the gradients' norm; nothing else does, and nothing lies on the CPU."""
     first = name in FAST
@@ -59,7 +59,7 @@ def test_a_step_of_training_waits_for_the_gpu_once(monkeypatch, name):
     assert not cpu_products(watch)
 
 
-@pytest.mark.parametrize("name", mostly_slow(OVERLAYS, FAST))
+@pytest.mark.parametrize("name", mostly_slow(WAYS, FAST, outside=False))
 def test_decoding_a_token_waits_for_nothing(name):
     """So that a CUDA graph can hold the step; the eager one does not wait either."""
     with fake_gpu() as watch, torch.no_grad():
@@ -106,6 +106,7 @@ def test_a_past_that_grows_is_attended_to_without_plans_for_its_length(monkeypat
     assert token[1] == ["attend_kept"] * 2 + ["attend_fused"]
 
 
+@pytest.mark.slow
 def test_what_lies_on_the_cpu_is_found(monkeypatch):
     def of_the_cpu(bank, inputs, projection):
         scale = torch.ones(bank.table.shape[1])
@@ -118,6 +119,7 @@ def test_what_lies_on_the_cpu_is_found(monkeypatch):
             train(model)
 
 
+@pytest.mark.slow
 def test_products_of_the_cpu_are_found(monkeypatch):
     monkeypatch.setattr(matmul, "ONEDNN_IS_FASTER", True)
     monkeypatch.setattr(matmul, "_is_fp32_on_cpu", lambda x: True)

@@ -51,11 +51,14 @@ EXEMPT = {
 """Commands that are not run here, by a pattern of the whole line, and why."""
 
 CUT = {
-    "fit": ["--model.budget.steps", "2", "--validation.tokens", "2048", "--evaluation.tasks", "[]"],
+    "fit": ["--model.budget.steps", "2", "--model.config.n_layer", "3",
+            "--validation.tokens", "2048", "--evaluation.tasks", "[]"],
     "evaluate": ["--max-per-task", "20"],
+    "generate": ["--max-new-tokens", "9"],
+    "validate": ["--validation.tokens", "2048"],
     "probe": ["--tokens", "3000", "--held-out", "1200", "--row-length", "64", "--own-rows", "64"],
-}
-"""What makes a command short: steps, rows, tokens, and the tasks of CORE."""
+}  # fmt: skip
+"""What makes a command short: layers, steps, rows, tokens, and the tasks of CORE."""
 
 RECORDED = r"bov (--help|recipes|plan)\b.*"
 """Commands of commands.md that `test_recorded_output_is_what_commands_print` runs."""
@@ -147,10 +150,9 @@ def run_line(line: str, monkeypatch) -> None:
     command, *arguments = words[1:]
     if command == "fit" and "--keys" not in arguments:
         arguments += CUT["fit"]
-    if command == "probe":
-        arguments += CUT["probe"]
+    if command in ("probe", "generate", "validate", "evaluate"):
+        arguments += CUT[command]
     if command == "evaluate":
-        arguments += CUT["evaluate"]
         arguments += [] if "heldout" in arguments else ["--tasks", "core_copa"]
     if "--trainer.devices" in arguments:
         # Several processes repeat the command line. Twice: it starts, and it resumes.

@@ -63,9 +63,17 @@ def module_of(path: Path, root: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def statements(body: list[ast.AST]) -> Iterator[ast.AST]:
+    """All statements below these: imports are no expressions, of which there are many."""
+    for node in body:
+        yield node
+        for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+            yield from statements(getattr(node, name, ()))
+
+
 def imports_of(source: str) -> Iterator[tuple[str, str]]:
     """(module, name) of every import in a file; the name is empty for ``import module``."""
-    for node in ast.walk(ast.parse(source)):
+    for node in statements(ast.parse(source).body):
         if isinstance(node, ast.Import):
             yield from ((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -181,6 +189,8 @@ def house(tmp_path) -> Path:
     [
         ("model/values", "def f():\n    from bov_lightning.recipe import sections", circles),
         ("model/values", "if X:\n    from bov_lightning.recipe.sections import y", circles),
+        ("model/values", "try:\n    pass\nexcept X:\n    import bov_lightning.recipe.sections",
+         circles),
         ("recipe/sections", "import bov_lightning.training.fit", climbs),
         ("model/values", "import lightning.pytorch as pl", forbidden),
         ("recipe/sections", "from torch import nn", forbidden),

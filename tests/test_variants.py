@@ -9,7 +9,17 @@ from optim.test_sharded import SIZES, check_same_training, train_and_save
 from processes import in_processes
 from runs import assert_same_end, die_after, fit
 from torch.utils.flop_counter import FlopCounterMode
-from variants import OVERLAYS, PATHS, make_model, mostly_slow, perturb, token_ids
+from variants import (
+    KINDS,
+    OUTSIDE,
+    OVERLAYS,
+    PATHS,
+    WAYS,
+    make_model,
+    mostly_slow,
+    perturb,
+    token_ids,
+)
 
 import bov_lightning
 from bov_lightning.model.config import TransformerConfig, ValueConfig
@@ -22,7 +32,7 @@ from bov_lightning.recipe.sections import BudgetConfig
 FAST = {"bov", "value_embedding_gated", "context_plus_first_layer"}
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", mostly_slow(OVERLAYS, KINDS))
 @torch.no_grad()
 def test_flops_are_those_of_the_products_that_run(name):
     """6 per matrix parameter is 2 in the forward pass; the smear's 24 channels do not count."""
@@ -36,8 +46,9 @@ def test_flops_are_those_of_the_products_that_run(name):
     assert (products - smear) * 3 == 128 * (model.flops_per_token() - attention)
 
 
-@pytest.mark.parametrize("name", mostly_slow(OVERLAYS, FAST))
+@pytest.mark.parametrize("name", mostly_slow(OVERLAYS, KINDS))
 def test_one_optimizer_step_trains_every_parameter(name):
+    """Each receives a gradient: there is no W_V that nothing reads."""
     model = perturb(make_model(OVERLAYS[name]), smear=0.5)
     groups = build_groups(model, OptimizerConfig(), model.config, 0)
     trained = [parameter for group in groups for parameter in group["params"]]
@@ -48,6 +59,9 @@ def test_one_optimizer_step_trains_every_parameter(name):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     ids = token_ids(65)
     model(ids[:, :-1], ids[:, 1:]).backward()
+    for parameter, p in model.named_parameters():
+        assert p.grad is not None, parameter
+        assert p.grad.abs().max() > 0, parameter
     optimizer.step()
     for parameter, p in model.named_parameters():
         assert not torch.equal(p, before[parameter]), parameter
@@ -65,8 +79,9 @@ def test_planned_parameters_and_caches_are_the_real_ones(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", [*sorted(KINDS), "bov_shared_table", *OUTSIDE])
 def test_a_resumed_run_ends_as_an_undisturbed_one(name, tiny_recipe):
+    """Of every kind of parameters that a checkpoint holds."""
     overlay = ("--config", str(PATHS[name]))
     parts = fit(tiny_recipe, *overlay)
     whole = shutil.copytree(parts, "whole")
@@ -81,16 +96,17 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(name, tiny_recipe):
 
 
 def train_all(rank: int, world: int, folder: Path) -> None:
-    for name, value in OVERLAYS.items():
-        config = TransformerConfig(**SIZES, value=ValueConfig(**value))
+    for name in WAYS:
+        config = TransformerConfig(**SIZES, value=ValueConfig(**OVERLAYS[name]))
         train_and_save(rank, world, config, 1, folder / name)
 
 
 @pytest.mark.distributed
-def test_two_ranks_train_every_variant_as_one_does(tmp_path):
+def test_two_ranks_train_variants_of_every_way_as_one_does(tmp_path):
     """FSDP2 over gloo; starting the ranks takes longer than training, so they do them all."""
-    for name in OVERLAYS:
+    for name in WAYS:
         (tmp_path / name).mkdir()
     in_processes(2, train_all, tmp_path)
-    for name, value in OVERLAYS.items():
-        check_same_training(TransformerConfig(**SIZES, value=ValueConfig(**value)), tmp_path / name)
+    for name in WAYS:
+        config = TransformerConfig(**SIZES, value=ValueConfig(**OVERLAYS[name]))
+        check_same_training(config, tmp_path / name)

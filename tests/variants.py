@@ -45,6 +45,16 @@ OVERLAYS = {name: read_overlay(path) for name, path in PATHS.items()}
 KINDS = {"standard", "bov", "bov_add_context", "first_layer_every", "initial_embedding",
          "value_embedding_gated", "key", "layer_third", "ngram_bank"}  # fmt: skip
 """Variants of which each goes another way through the code: one per source, sums and gates."""
+WAYS = [
+    name for name in OVERLAYS
+    if name in {
+        *KINDS, "bov_shared_table", "bov_per_channel", "bov_every_layer",
+        "value_embedding_gated_row", "context_plus_first_layer_fixed",
+        "context_plus_initial_embedding", "ngram_bank_position", *OUTSIDE,
+    }
+]  # fmt: skip
+"""Variants that together go every way: what costs seconds is done for these. The others put
+together what these have, which `test_every_variant_goes_ways_that_are_tried` holds."""
 SMALL = {"n_layer": 6, "n_head": 4, "n_kv_head": 2, "d_model": 48, "vocab_size": 70}
 
 
@@ -81,7 +91,10 @@ def token_ids(n_token: int, n_row: int = 2, vocab_size: int = 70) -> torch.Tenso
     return torch.randint(0, vocab_size, (n_row, n_token), generator=generator)
 
 
-def mostly_slow(names, fast) -> list:
-    """Parameters of a test that runs for a few variants at once and for all in the slow suite."""
-    fast = {*fast, *OUTSIDE}
+def mostly_slow(names, fast, outside: bool = True) -> list:
+    """Parameters of a test that runs for a few variants at once and for all in the slow suite.
+
+    ``outside``: those whose class is not in the package are among the few.
+    """
+    fast = {*fast, *(OUTSIDE if outside else ())}
     return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]

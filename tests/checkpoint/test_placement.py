@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from variants import OVERLAYS, make_model, mostly_slow, perturb, token_ids
+from variants import OVERLAYS, WAYS, make_model, mostly_slow, perturb, token_ids
 
 import bov_lightning
 from bov_lightning.checkpoint.writing import config_yaml, write_checkpoint
@@ -18,7 +18,7 @@ from bov_lightning.interop.hf_export import export
 from bov_lightning.model.lookup import class_path
 from bov_lightning.model.values import BankOfValues
 
-BANKS = [name for name, value in OVERLAYS.items() if value["source"] == "bank"]
+BANKS = [name for name in WAYS if OVERLAYS[name]["source"] == "bank"]
 
 
 def write(folder, name, **shape):

@@ -20,6 +20,9 @@ from evaluation.scorer import Score
 SHORT = ("copa", "commonsense_qa", "openbook_qa", "lambada_openai", "winograd", "winogrande",
          "bigbench_operators", "bigbench_qa_wikidata")  # fmt: skip
 """Tasks of every kind whose prompts are short."""
+TASK_NAMES = tuple(f"core_{name}" for name in SHORT)
+FEW = 16
+"""Rows of each, where two ways of computing are compared score by score."""
 
 
 def benchmarks_for(shared: Path, tasks: tuple[str, ...], n_row: int = 60) -> Benchmarks:
@@ -44,10 +47,34 @@ def score(shared: Path, tasks: tuple[str, ...], n_row: int = 60, **runtime) -> d
     return run(model, backend, tokenizer, benchmarks_for(shared, tasks, n_row), Runtime(**runtime))
 
 
-def score_on_rank(
-    rank: int, world: int, shared: str, tasks: tuple[str, ...], n_row: int, sharded: bool
-) -> dict[str, list[int]]:
-    return found_rows(score(Path(shared), tasks, n_row, sharded=sharded))
+def found_scores(results: dict) -> dict[str, list[tuple[float, int, int]]]:
+    """Of every choice of every row: log-probability, tokens, bytes."""
+    return {
+        task: [
+            (score.logprob, score.n_token, score.n_byte)
+            for sample in samples for score in sample["filtered_resps"]
+        ]
+        for task, samples in results["samples"].items()
+    }  # fmt: skip
+
+
+def score_on_rank(rank: int, world: int, shared: str, sharded: bool) -> dict[str, list]:
+    return found_scores(score(Path(shared), TASK_NAMES, FEW, sharded=sharded))
+
+
+@pytest.fixture(scope="module")
+def scores(shared) -> dict[str, list[tuple[float, int, int]]]:
+    """A few rows of short tasks as all rows below are computed, which are the authors'."""
+    return found_scores(score(shared, TASK_NAMES, FEW))
+
+
+def assert_same(found: dict[str, list], expected: dict[str, list]) -> None:
+    assert found.keys() == expected.keys()
+    for task, scored in expected.items():
+        assert len(scored) >= FEW
+        for one, other in zip(found[task], scored, strict=True):
+            assert list(one[1:]) == list(other[1:]), task
+            assert one[0] == pytest.approx(other[0], abs=1e-3), task
 
 
 @pytest.mark.slow
@@ -64,29 +91,16 @@ def test_all_rows_of_all_tasks(shared):
     "runtime", [{"budget": 256}, {"budget": 8192, "share_prefix": False}],
     ids=["budget 256", "no sharing"],
 )  # fmt: skip
-def test_batches_and_sharing_change_no_row(runtime, shared):
-    tasks = tuple(f"core_{name}" for name in SHORT)
-    expected = {task: rows for task, rows in expected_rows(shared).items() if task in tasks}
-    assert found_rows(score(shared, tasks, **runtime)) == expected
+def test_batches_and_sharing_change_no_score(runtime, shared, scores):
+    assert_same(found_scores(score(shared, TASK_NAMES, FEW, **runtime)), scores)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_ranks_score_rows_alike(shared):
-    """A sharded model as one process does, whose rows are the authors' (above)."""
-    tasks = tuple(f"core_{name}" for name in SHORT)
-    expected = found_rows(score(shared, tasks, 20))
-    for found in in_processes(2, score_on_rank, str(shared), tasks, 20, True):
-        assert found == expected
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_two_ranks_with_a_model_each_score_alike(shared):
-    tasks = tuple(f"core_{name}" for name in SHORT)
-    expected = {task: expected_rows(shared)[task] for task in tasks}
-    for found in in_processes(2, score_on_rank, str(shared), tasks, 60, False):
-        assert found == expected
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "a model each"])
+def test_two_ranks_score_alike(sharded, shared, scores):
+    for found in in_processes(2, score_on_rank, str(shared), sharded):
+        assert_same(found, scores)
 
 
 @pytest.mark.slow

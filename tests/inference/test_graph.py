@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from variants import KINDS, OVERLAYS, make_model, mostly_slow, perturb, token_ids
+from variants import KINDS, OVERLAYS, WAYS, make_model, mostly_slow, perturb, token_ids
 
 from bov_lightning.errors import UserError
 from bov_lightning.inference.decoding import Decoding
@@ -24,7 +24,7 @@ def continued(model, prompts, sampling, **options) -> list[list[int]]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", mostly_slow(OVERLAYS, KINDS))
+@pytest.mark.parametrize("name", mostly_slow(WAYS, KINDS))
 def test_static_steps_choose_the_same_tokens(name, device):
     """Prompts of several lengths, one row beyond its window of 128 before another, one that ends
     early because the context is full."""
@@ -58,8 +58,14 @@ def test_batches_take_turns_with_one_step(shape, device):
     assert taken[0] is taken[1] is taken[2] is not taken[3] is taken[4]
 
 
-@pytest.mark.parametrize("shape", [{}, {"document_start": 0}, {"window_pattern": "L"}])
-@pytest.mark.parametrize("name", ["standard", "bov", "first_layer_every"])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        pytest.param(name, shape, marks=[pytest.mark.slow] * (i != j))
+        for i, name in enumerate(("standard", "bov", "first_layer_every"))
+        for j, shape in enumerate(({"window_pattern": "L"}, {"document_start": 0}, {}))
+    ],
+)
 @torch.no_grad()
 def test_static_and_other_steps_take_turns_on_one_cache(name, shape):
     """Rows that get no token stay what they were, however full their room is."""

@@ -193,9 +193,11 @@ def test_a_name_of_the_package_cannot_be_taken(module, workplace):
 
 @pytest.mark.parametrize(
     "line",
-    ["import numpy as np", "from bov_lightning.model.layers import Linear as L", "from . import x",
-     "import bov_lightning.model.layers", "from bov_lightning.model import values",
-     "from bov_lightning.checkpoint.writing import config_yaml"],
+    ["import numpy as np", "from bov_lightning.model.layers import Linear as L",
+     *(pytest.param(line, marks=pytest.mark.slow) for line in (
+         "from . import x", "import bov_lightning.model.layers",
+         "from bov_lightning.model import values",
+         "from bov_lightning.checkpoint.writing import config_yaml"))],
 )  # fmt: skip
 def test_an_export_is_refused_a_module_that_needs_more(line, workplace, monkeypatch, capsys):
     name = "needs_more"

@@ -1,6 +1,8 @@
 """Figures before training: those of the paper to the digit, and errors that advise."""
 
 import pytest
+from parity import NAMES, read_rows
+from variants import mostly_slow
 
 from bov_lightning.errors import UserError
 from bov_lightning.model.config import TransformerConfig, ValueConfig
@@ -18,13 +20,10 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("size", ["135m", pytest.param("780m", marks=pytest.mark.slow)])
-def test_plan_equals_the_paper_to_the_digit(size, shared):
-    from parity import NAMES, read_rows
-
+@pytest.mark.parametrize("name", mostly_slow(NAMES, {"standard", "bov", "value_embedding_gated"}))
+def test_plan_equals_the_paper_to_the_digit(name, shared):
     reference = read_rows(shared)
-    shape, flops, batch = SIZES[size]
-    for name in NAMES:
+    for size, (shape, flops, batch) in SIZES.items():
         value = ValueConfig(**reference["rows"][name]["value"])
         config = TransformerConfig(**shape, vocab_size=32768, value=value)
         plan = make_plan(config, BudgetConfig(flops=flops), batch)

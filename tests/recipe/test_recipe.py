@@ -180,7 +180,8 @@ def test_recipes_are_whole_in_one_file(path):
 def test_shrunken_copy_of_every_recipe_trains_two_steps(path, tiny_settings, workplace):
     """The recipe itself, but for the sizes and the data."""
     data = copy.deepcopy(tiny_settings["data"])
-    data["init_args"]["directory"] = "packed"
+    # What is small is neither cut into the recipe's many parts nor validated whole.
+    data["init_args"] |= {"directory": "packed", "n_shard": 1}
     small = {
         "model": {
             "config": {"n_layer": 3, "n_head": 2, "n_kv_head": 2, "d_model": 32,
@@ -188,6 +189,7 @@ def test_shrunken_copy_of_every_recipe_trains_two_steps(path, tiny_settings, wor
             "budget": {"steps": 2},
         },
         "batch": {"tokens": 256, "micro": 4},
+        "validation": {"tokens": 640},
         "compile": False,
         "data": data,
         "trainer": {"accelerator": "cpu"},

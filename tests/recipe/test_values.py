@@ -76,23 +76,31 @@ def test_every_number_has_a_range(cls):
         assert found is None or (found.least is None) != (found.above is None), name
 
 
-def wrong_numbers(within: Range, whole: bool) -> list[Any]:
-    """What lies just beyond the ends, or nowhere."""
+NOWHERE = [math.nan, math.inf, -math.inf, 10**400, -(10**400)]
+"""Numbers in no range."""
+
+
+def numbers_beyond(within: Range, whole: bool) -> list[Any]:
+    """What lies just beyond the ends."""
     first = within.above if within.least is None else within.least
     step = 1 if whole else 1e-9
     below = first if within.least is None else first - (step if abs(first) < 1e3 else 1)
     last = [] if within.most is None else [within.most + (1 if whole else 1e-3 * within.most)]
-    return [below, *last, math.nan, math.inf, -math.inf, 10**400, -(10**400)]
+    return [below, *last]
 
 
 @pytest.mark.parametrize(("key", "annotation"), NUMBERS, ids=[key for key, _ in NUMBERS])
 def test_numbers_beyond_their_range_are_refused_with_it(key, annotation):
+    """On the command line; what lies in no range, to the function that refuses there."""
     within, kinds = range_of(annotation), options_of(annotation)
-    for value in wrong_numbers(within, float not in kinds):
+    for value in [*numbers_beyond(within, float not in kinds), *NOWHERE]:
         shown = [value] if element_of(annotation) is not None else value
         text = yaml.safe_dump(shown, default_flow_style=True).removesuffix("...\n").strip()
-        with pytest.raises(UserError) as refused:
-            read(f"--{key}", text)
+        with pytest.raises(UserError) as refused:  # noqa: PT012 (one of two)
+            if value in NOWHERE and within.most is not None:
+                settle(shown, annotation, key)
+            else:
+                read(f"--{key}", text)
         assert key in str(refused.value), value
         if isinstance(value, int):
             low = within.above if within.least is None else within.least
@@ -310,7 +318,7 @@ BOMB = "a0: &a0 [x]\n" + "".join(
         (b"seed: \x00", "U\\+0000"),
         (BOMB.encode(), "more than 100,000 values"),
         (b"a: &a [*a]\n", "an alias stands for what it is part of"),
-        (b"[" * 3000, "nested too deeply"),
+        (b"[" * 1000, "nested too deeply"),
         (b"a: *b\n", "undefined alias"),
         (b"a: !!python/object/apply:os.getcwd []\n", "python/object"),
         (b"seed: 010\n", "010 would be the number 8"),

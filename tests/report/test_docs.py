@@ -22,6 +22,7 @@ DOCS = (REPOSITORY / "docs" / "report.md").read_text(encoding="utf-8")
 LADDER = REPOSITORY / "docs" / "results" / "ladder"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (LADDER / "runs.csv").is_file(), reason="the ladder was not run")
 def test_the_ladder_s_report_is_that_of_its_lines_and_the_readme_quotes_it(workplace):
     """From runs.csv and speed.csv alone."""

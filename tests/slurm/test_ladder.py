@@ -4,7 +4,7 @@ import csv
 from pathlib import Path
 
 import pytest
-from ladder_material import NAMES, write
+from ladder_material import NAMES, TINY, write
 from slurm.cluster import wait_until
 
 from bov_lightning.cli import main
@@ -14,7 +14,8 @@ pytestmark = pytest.mark.slurm
 
 def test_jobs_share_the_runs_of_a_ladder(cluster, tiny_recipe, workplace, monkeypatch, capsys):
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
-    command = ["sweep", "--ladder", str(write(workplace)), "--flops-per-second", "1e9"]
+    ladder = write(workplace, tuning=TINY["tuning"] | {"factors": [1, 2], "check": None})
+    command = ["sweep", "--ladder", str(ladder), "--flops-per-second", "1e9"]
     assert main([*command, "--slurm", "--jobs", "2"]) == 0
     assert capsys.readouterr().out.count("Submitted batch job") == 2
 
@@ -25,10 +26,11 @@ def test_jobs_share_the_runs_of_a_ladder(cluster, tiny_recipe, workplace, monkey
             return [row["run"] for row in csv.DictReader(file)]
 
     logs = lambda: "".join(p.read_text() for p in Path("runs").glob("slurm-*.out"))  # noqa: E731
-    wait_until(lambda: ended() == NAMES, "all runs", 300, details=logs)
+    names = [name for name in NAMES if "rates0.5" not in name and "check" not in name]
+    wait_until(lambda: ended() == names, "all runs", 300, details=logs)
     wait_until(lambda: "small" not in cluster.run("squeue", "--noheader", "--format=%j"), "the end")
     assert "Verdict: " in logs()
     assert Path("report.md").is_file()
     # Each was trained once, by one of the two.
-    for name in NAMES:
+    for name in names:
         assert Path("runs", name, "sweep.log").read_text().count("run runs/") == 1, name

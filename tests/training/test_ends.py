@@ -179,11 +179,17 @@ def test_a_sweep_takes_a_run_that_was_ended_early_for_finished(endings, tiny_rec
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("hook", "n"),
-    [("on_train_batch_start", 6), ("on_train_batch_end", 5), ("on_after_backward", 7),
-     ("on_validation_end", 1), ("on_validation_batch_start", 2), ("on_train_batch_end", 6)],
+    ("hook", "n", "what"),
+    [
+        (hook, n, what)
+        for hook, n, end in (
+            ("on_train_batch_start", 6, "raise"), ("on_train_batch_end", 5, "interrupt"),
+            ("on_after_backward", 7, "interrupt"), ("on_validation_end", 1, "raise"),
+            ("on_validation_batch_start", 2, "interrupt"), ("on_train_batch_end", 6, "raise"),
+        )
+        for what in ("stop", end)
+    ],
 )  # fmt: skip
-@pytest.mark.parametrize("what", ["stop", "raise", "interrupt"])
 def test_whatever_a_callback_does_the_last_step_is_saved(
     endings, tiny_recipe, trained, hook, n, what, capsys
 ):
@@ -270,6 +276,7 @@ def test_a_terminal_that_is_closed_saves_the_last_step(tiny_recipe):
     command = [sys.executable, "-m", "bov_lightning.cli", "fit", "--config", str(tiny_recipe)]
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever started pytest may ignore it
         os.execv(sys.executable, [*command, *LONG])
     try:
         while len(rows()) <= 3:

@@ -1,5 +1,6 @@
 """Whatever happens to a run or to its checkpoints, the same command brings it to the same end."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
 from forks import Bov, bov
 from runs import assert_same_end, fit, metrics, newest
 from safetensors import safe_open
@@ -171,11 +173,19 @@ LONGER = ("--model.budget.steps", "60", "--checkpoint.every_steps", "7", "--vali
           "5", "--batch.micro", "2", "--trainer.log_every_n_steps", "1")  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def whole(tiny_settings, tmp_path_factory) -> Path:
+    """The run of `LONGER`, which nothing disturbs."""
+    with contextlib.chdir(tmp_path_factory.mktemp("whole")):
+        recipe = Path("tiny.yaml")
+        recipe.write_text(yaml.safe_dump(tiny_settings, sort_keys=False))
+        return fit(recipe, *LONGER).resolve()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 143)])
-def test_signals_lose_no_step_wherever_they_come(number, code, tiny_recipe):
+def test_signals_lose_no_step_wherever_they_come(number, code, tiny_recipe, whole):
     """At the start first; then in training, validation or a save: most time goes into those."""
-    whole = fit(tiny_recipe, *LONGER, "--run.name", "whole")
     stopped, chance, n_stop = Path("runs/stopped"), random.Random(int(number)), 0
     # An interpreter that imports torch when the first signal comes; forks are further then.
     start = interpreter if number == signal.SIGUSR1 else Bov
@@ -222,7 +232,7 @@ def test_kill_at_random_moments_ends_as_undisturbed(tiny_recipe):
     """The short form of `make soak`: saves take about as long as the steps between them."""
     from soak import kill_series
 
-    options = ("--model.budget.steps", "120", "--checkpoint.every_steps", "2")
+    options = ("--model.budget.steps", "80", "--checkpoint.every_steps", "2")
     options += ("--checkpoint.keep_last", "3", "--validation.every_steps", "100")
     whole = fit(tiny_recipe, *options, "--run.name", "whole")
     start = partial(Bov, *command(tiny_recipe, "killed", *options))
