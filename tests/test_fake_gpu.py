@@ -87,10 +87,11 @@ def test_a_past_that_grows_is_attended_to_without_plans_for_its_length(monkeypat
 
     attend = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    with torch.no_grad(), fake_gpu():
+    # Patches within are taken back before those of `fake_gpu`.
+    with torch.no_grad(), fake_gpu(), monkeypatch.context() as patch:
         for name in ("attend_kept", "attend_fused"):
             way = getattr(kernels, name)
-            monkeypatch.setattr(
+            patch.setattr(
                 kernels, name, lambda *args, way=way, name=name: calls.append(name) or way(*args)
             )
         model = model_on_cuda("bov")
