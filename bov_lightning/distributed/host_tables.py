@@ -24,6 +24,11 @@ from bov_lightning.model.transformer import Transformer
 from bov_lightning.model.values import BankOfValues
 
 
+def distinct(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct ones in ascending order, (U,), and which of them each is."""
+    return ids.unique(return_inverse=True)
+
+
 class Exchange:
     """Some distinct rows that this rank asks for, and those that the others ask this one for."""
 
@@ -52,12 +57,13 @@ class Exchange:
     def _send(self, out: Tensor, into: Tensor, n_out: list[int], n_into: list[int]) -> None:
         dist.all_to_all_single(into, out, n_into, n_out, group=self._ranks.group)
 
-    def fetch(self, own: Tensor, pinned: bool) -> Tensor:
+    def fetch(self, own: Tensor) -> Tensor:
         """The rows that were asked for, (U, W), from everybody's ``own``."""
-        rows = torch.empty(len(self.ids), own.shape[1], dtype=own.dtype, pin_memory=pinned)
+        wanted = own.index_select(0, self.wanted)
         if not self._ranks.active:
-            return torch.index_select(own, 0, self.ids, out=rows)
-        self._send(own.index_select(0, self.wanted), rows, self.n_wanted, self._n_asked)
+            return wanted
+        rows = own.new_empty(len(self.ids), own.shape[1])
+        self._send(wanted, rows, self.n_wanted, self._n_asked)
         return rows
 
     def deliver(self, gradient_UW: Tensor) -> tuple[Tensor, ...]:
@@ -86,10 +92,8 @@ class TrainedTable(HostTable):
 
     def begin(self, exchange: Exchange, device: torch.device, dtype: torch.dtype) -> None:
         """Brings the rows of a micro-step to the device."""
-        own = local_part(self.parameter.detach())
-        rows = exchange.fetch(own, device.type == "cuda").to(dtype)
-        # A leaf of its own, also where nothing has to be moved.
-        self.rows = rows.to(device, non_blocking=True).requires_grad_(torch.is_grad_enabled())
+        rows = exchange.fetch(local_part(self.parameter.detach())).to(dtype)
+        self.rows = moved(rows, device).requires_grad_(torch.is_grad_enabled())
         if self.rows.requires_grad:
             self.rows.register_post_accumulate_grad_hook(self._receive)
 
@@ -102,8 +106,7 @@ class TrainedTable(HostTable):
 
     def take(self, ids_N: Tensor) -> Tensor:
         """Distinct rows in ascending order, for a cache; all ranks together."""
-        exchange = self.tables.ask(ids_N)
-        return exchange.fetch(local_part(self.parameter.detach()), pinned=False)
+        return self.tables.ask(ids_N).fetch(local_part(self.parameter.detach()))
 
 
 class TablesOnHost:
@@ -150,7 +153,7 @@ class TablesOnHost:
 
         Where the device is a GPU, the host waits for it here, once.
         """
-        ids, inverse = row_ids.cpu().unique(return_inverse=True)
+        ids, inverse = distinct(row_ids.cpu())
         self._add_up()
         self.inverse = moved(inverse, row_ids.device)
         exchange = self.ask(ids)
@@ -167,7 +170,7 @@ class TablesOnHost:
         if before is None:
             self.ids = new
         else:
-            self.ids, places = torch.cat((before, new)).unique(return_inverse=True)
+            self.ids, places = distinct(torch.cat((before, new)))
             old_places, new_places = places.split((len(before), len(new)))
         for table in self.tables:
             received, table.received, table.rows = table.received, None, None
@@ -192,7 +195,7 @@ class TablesOnHost:
         exchange = self.ask(torch.empty(0, dtype=torch.int64) if self.ids is None else self.ids)
         found, gradients = exchange.wanted, []
         if self.ranks.active:
-            found, places = found.unique(return_inverse=True)
+            found, places = distinct(found)
             places = places.split(exchange.n_wanted)
         for table in self.tables:
             gradient, table.gradient = table.gradient, None
