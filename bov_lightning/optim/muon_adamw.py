@@ -123,7 +123,7 @@ class MuonAdamW(torch.optim.Optimizer):
         true of a checkpoint whose tables were on the device."""
         for state in self.state.values():
             if UPDATES in state:
-                state[UPDATES].fill_(state["step"])
+                local_part(state[UPDATES]).fill_(state["step"])
 
     @torch.no_grad()
     def step(self, closure=None):
