@@ -215,10 +215,12 @@ class Recipe:
                 f"tables_on is host, but value.source {name} has no table whose rows can be fetched"
                 ": use bank or ngram_bank, or tables_on: device"
             )
-        if source.optimizer_groups.get("table", "matrix") == "matrix":
+        group = source.optimizer_groups.get("table", "matrix")
+        if (group if isinstance(group, str) else group[0]) == "matrix":
             raise UserError(
                 f"tables_on is host, but value.source {name} has its table trained by Muon, which "
-                "takes no rows alone: name it in optimizer_groups, or use tables_on: device"
+                "takes no rows alone: put it into the group table in optimizer_groups, or use "
+                "tables_on: device"
             )
         if self.trainer.get("gradient_clip_val"):
             raise UserError(
