@@ -367,8 +367,12 @@ class BankOfValues(ValueSource, name="bank"):
             stream = fill.stream(f"{prefix}.projection.weight")
             projection.uniform_(-bound, bound, generator=stream)
             rows = rms_norm(embedding) @ projection.T
-        more = rows.new_zeros(len(self.table) - self.n_vocab, shape[1])
-        fill.fill(self.table, torch.cat((rows, more)) if len(more) else rows)
+        if len(self.table) > self.n_vocab:
+            # Large, so there once.
+            whole = rows.new_zeros(len(self.table), shape[1])
+            whole[: self.n_vocab] = rows
+            rows = whole
+        fill.fill(self.table, rows)
 
 
 @dataclass(frozen=True)
