@@ -41,7 +41,7 @@ class HostTable:
         raise NotImplementedError
 
     def look_up(self, row_ids: Tensor, like: Tensor) -> Tensor:
-        """The rows of ``row_ids`` (...), (..., width), on the device and in the dtype of ``like``."""
+        """The rows of ``row_ids`` (...), (..., width), on ``like``'s device and in its dtype."""
         return self.take(row_ids.flatten().cpu()).to(like).unflatten(0, row_ids.shape)
 
 

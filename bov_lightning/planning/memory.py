@@ -275,9 +275,7 @@ class _FetchedRows(HostTable):
         return F.embedding(self.inverse, self.rows)
 
 
-def _fetch_rows(
-    model: Transformer, dtype: torch.dtype | None, tracker: "_StorageTracker"
-) -> None:
+def _fetch_rows(model: Transformer, dtype: torch.dtype | None, tracker: "_StorageTracker") -> None:
     """Has a model look its rows up in tables that are not on the device."""
     tables = []
     for _, bank in banks_of(model):

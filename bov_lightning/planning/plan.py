@@ -18,11 +18,10 @@ from bov_lightning.recipe.budget import accumulation
 from bov_lightning.recipe.given import Given
 from bov_lightning.recipe.sections import Recipe
 
-
 HOST = {
     "tables": "host memory per device, for tables",
     "gradients": "  for gradients of their rows, at most",
-    "checkpoint": "  for the copy that a checkpoint is made of",
+    "checkpoint": "  for a checkpoint's copy of them",
 }
 """What `host_memory` gives, in words."""
 

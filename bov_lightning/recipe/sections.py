@@ -195,7 +195,7 @@ class Recipe:
     tables_on: Literal["device", "host"] = "device"
     """Where value tables lie while they are trained. host: in the host's memory, for a bank or
     ngram_bank that a device cannot hold; the rows of a micro-step are fetched, and AdamW updates
-    the rows that a step has touched. docs/value-sources.md says what that changes."""
+    the rows that a step has touched, as docs/memory.md describes."""
     resume: Literal["auto", "never", "changed_code"] = "auto"
     """auto: continue from the newest complete checkpoint; never: move an old run of this name
     aside and start afresh; changed_code: as auto, though the file of a value source of your own is

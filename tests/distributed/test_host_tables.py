@@ -80,9 +80,9 @@ def compare_with_tables_on_the_device(rank: int, world: int) -> None:
 @torch.no_grad()
 def _decode(rank: int, plain: Transformer, model: Transformer) -> None:
     """Cached: each rank needs other rows, and a single one no new row at all."""
-    caches = [x.new_cache(1, 16) for x in (plain, model)]
+    both = [(x, x.new_cache(1, 16)) for x in (plain, model)]
     for ids in ([[1 + rank, 5, 9]], [[9 if rank else 60]], [[1 + rank, 7]]):
-        found = [x(torch.tensor(ids), cache=cache) for x, cache in zip((plain, model), caches)]
+        found = [x(torch.tensor(ids), cache=cache) for x, cache in both]
         torch.testing.assert_close(*found, rtol=0, atol=1e-5)
 
 

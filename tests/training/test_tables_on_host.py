@@ -75,7 +75,8 @@ def test_a_run_goes_from_the_device_to_the_host_and_back(tiny_recipe):
 def test_what_cannot_be_is_refused_in_one_line(tiny_recipe, capsys, options, line):
     assert main(["fit", "--config", str(tiny_recipe), *HOST, *options]) == 2
     (error,) = capsys.readouterr().err.splitlines()
-    assert error.startswith("bov: error: ") and error.endswith(line)
+    assert error.startswith("bov: error: ")
+    assert error.endswith(line)
     assert not Path("runs").exists()
 
 
