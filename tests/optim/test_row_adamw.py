@@ -25,6 +25,7 @@ NGRAMS = {"n_row": 31, "reach": 2, "factor": 0.5}
 VALUES = {
     "bank": ValueConfig("bank", "last_third", "learned"),
     "shared": ValueConfig("bank", "second_half", "learned", shared=True),
+    "gated": ValueConfig("bank", "last_third", "gate", add_context=True, gate_inputs="x_and_row"),
     "ngram_bank": ValueConfig("ngram_bank", "last_third", source_args=NGRAMS),
 }
 N_STEP, N_MICRO = 2, 2
