@@ -98,6 +98,11 @@ class TrainedTable(HostTable):
             self.rows.register_post_accumulate_grad_hook(self._receive)
 
     def _receive(self, rows: Tensor) -> None:
+        if rows is not self.rows:
+            raise RuntimeError(
+                "tables_on: host has the rows of one micro-step: its backward pass comes before "
+                "the next forward pass"
+            )
         self.received, rows.grad = rows.grad, None
 
     def look_up(self, row_ids: Tensor, like: Tensor) -> Tensor:
@@ -110,7 +115,7 @@ class TrainedTable(HostTable):
 
 
 class TablesOnHost:
-    """All value tables of a model, which they are shown to by `keep_tables_on_host`."""
+    """All value tables of a model; `keep_tables_on_host` makes it."""
 
     def __init__(self, shape: torch.Size, ranks: Ranks, dtype: torch.dtype):
         """
@@ -151,7 +156,8 @@ class TablesOnHost:
     def fetch(self, row_ids: Tensor) -> None:
         """Brings the rows of a micro-step to the device, all tables'; all ranks together.
 
-        Where the device is a GPU, the host waits for it here, once.
+        Where the device is a GPU, the host waits for it here: for the numbers, then for the
+        gradients of the micro-step before.
         """
         ids, inverse = distinct(row_ids.cpu())
         self._add_up()

@@ -182,6 +182,16 @@ def test_a_step_that_is_not_finite_leaves_the_rows_and_nothing_of_its_gradient()
     assert not torch.equal(table.parameter[1], before[1])
 
 
+def test_gradients_of_another_micro_step_are_refused():
+    table, _ = one_table()
+    ids, weight_NW = torch.tensor([1, 2]), torch.ones(2, WIDTH)
+    table.tables.fetch(ids)
+    values = table.look_up(ids, weight_NW)
+    table.tables.fetch(ids + 1)
+    with pytest.raises(RuntimeError, match="before the next forward pass"):
+        values.sum().backward()
+
+
 def test_corrections_that_are_one_in_double_precision_are_one_kind_of_rows(monkeypatch):
     """Rows of long runs, all updated another number of times, go to the kernel together."""
     found = []
