@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
+from bov_lightning.distributed.host_tables import keep_tables_on_host
 from bov_lightning.distributed.layout import Layout, read_layout
+from bov_lightning.distributed.ranks import Ranks
 from bov_lightning.distributed.sharding import make_mesh, recompute_activations, shard, write_part
 from bov_lightning.model.layers import Initialiser
 from bov_lightning.model.transformer import Transformer
@@ -45,6 +47,10 @@ def train(recipe: Recipe, layout: Layout) -> None:
     dtype = torch.bfloat16 if layout.half else None
     with torch.device("meta"):
         model = Transformer(config)
+    tables = None
+    if recipe.tables_on == "host":
+        group = torch.distributed.group.WORLD if layout.world_size > 1 else None
+        tables = keep_tables_on_host(model, Ranks(group), dtype)
     if recipe.activation_checkpointing:
         recompute_activations(model)
     if layout.sharded and (layout.world_size > 1 or layout.half):
@@ -52,7 +58,8 @@ def train(recipe: Recipe, layout: Layout) -> None:
     model.to_empty(device="cpu")
     model.initialise(Initialiser(0, write_part))
     network = model if layout.sharded else torch.nn.parallel.DistributedDataParallel(model)
-    optimizer = MuonAdamW(build_groups(model, recipe.model.optimizer, config, batch.tokens))
+    groups = build_groups(model, recipe.model.optimizer, config, batch.tokens)
+    optimizer = MuonAdamW(groups, tables)
     for _ in range(N_STEP):
         for micro_step in range(n_micro):
             rows = torch.randint(config.vocab_size, (batch.micro, config.sequence_len + 1))

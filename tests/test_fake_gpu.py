@@ -10,6 +10,8 @@ import torch
 from fake_gpu import CUDA, fake_gpu
 from variants import OVERLAYS, WAYS, make_model, mostly_slow
 
+from bov_lightning.distributed import host_tables
+from bov_lightning.distributed.ranks import Ranks
 from bov_lightning.inference.graph import FixedCache
 from bov_lightning.model import kernels, matmul
 from bov_lightning.model.values import BankOfValues
@@ -57,6 +59,27 @@ def test_a_step_of_training_waits_for_the_gpu_once(monkeypatch, name):
         train(model, n_micro=1 + first)
     assert watch.waits == ["item"]
     assert not cpu_products(watch)
+
+
+def test_tables_on_the_host_wait_for_the_gpu_where_it_is_meant(monkeypatch):
+    """Row numbers come to the host once per micro-step, for all layers; gradients of rows once per
+    table. Nothing waits for what goes the other way."""
+    # Which rows there are cannot be known; as many as there are numbers.
+    monkeypatch.setattr(host_tables, "distinct", lambda ids: (ids.flatten(), torch.zeros_like(ids)))
+    with fake_gpu() as watch:
+        model = model_on_cuda("bov_every_second")
+        tables = host_tables.keep_tables_on_host(model, Ranks())
+        assert len(tables.tables) == 2
+        assert {p.device.type for p in host_tables.host_parameters(model).values()} == {"cpu"}
+        ids = torch.zeros(2, 141, dtype=torch.int64, device=CUDA)
+        watch.waits.clear()
+        for n_micro in range(1, 3):
+            model(ids[:, :-1], ids[:, 1:]).backward()
+            assert {table.rows.device for table in tables.tables} == {CUDA}
+            assert len(watch.waits) == 1 + 3 * (n_micro - 1)
+        _, gradients = tables.take_gradients()
+        assert watch.waits == ["a copy to the CPU"] * (2 * (1 + len(tables.tables)))
+        assert {gradient.device.type for gradient in gradients} == {"cpu"}
 
 
 @pytest.mark.parametrize("name", mostly_slow(WAYS, FAST, outside=False))

@@ -37,7 +37,7 @@ def place(
         raise UserError(f"bank_device is {bank_device!r}: use cpu or mmap, or leave it out")
     if bank_device is not None:
         for name, module in model.named_modules():
-            if isinstance(module, BankOfValues) and _reads_as_bank(type(module)):
+            if isinstance(module, BankOfValues) and module.reads_as_bank():
                 module.offload(_host_table(module, name, bank_device, device, dtype, files, prefix))
         if model.grouped_parameters().get("table"):
             raise UserError(
@@ -49,11 +49,6 @@ def place(
         # Row numbers and the like are none that a dtype is meant for.
         own = dtype if tensor.is_floating_point() else tensor.dtype
         tensor.data = tensor.data.to(device=device, dtype=own, copy=True)
-
-
-def _reads_as_bank(cls: type[BankOfValues]) -> bool:
-    """Whether a class finds its rows where `BankOfValues.offload` has put them."""
-    return all(getattr(cls, x) is getattr(BankOfValues, x) for x in ("forward", "attend_past"))
 
 
 def _host_table(

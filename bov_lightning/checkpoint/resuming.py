@@ -20,6 +20,7 @@ from bov_lightning.checkpoint.directory import (
 from bov_lightning.checkpoint.reading import read_tensors, read_training_state, stored_tensors
 from bov_lightning.distributed.ranks import Ranks
 from bov_lightning.errors import UserError
+from bov_lightning.optim.row_adamw import UPDATES
 
 State = dict[str, Tensor]
 
@@ -130,7 +131,13 @@ def _restore_from(
         # Another number of ranks, or another device, has no use for the stored states.
         stored = set(stored_tensors(folder))
         same_ranks = set(random) <= stored and f"random.{ranks.size}.torch" not in stored
-        read_tensors(folder, state | random if same_ranks else state, **options)
+        # Tables that were on the device have no counts of their rows' updates.
+        known = {name: t for name, t in state.items() if not name.endswith(f".{UPDATES}")}
+        counted = state.keys() - known.keys() <= stored
+        known = state if counted else known
+        read_tensors(folder, known | random if same_ranks else known, **options)
+        if not counted:
+            optimizer.count_every_row()
         if same_ranks:
             set_random_state(random, ranks.rank, device)
         return read_training_state(checkpoint)

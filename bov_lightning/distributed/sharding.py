@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from bov_lightning.model.values import BankOfValues
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -51,15 +53,19 @@ def shard(model: "Transformer", mesh: "DeviceMesh", param_dtype: torch.dtype | N
     )
 
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+    # Tables in the host's memory are nobody's.
+    banks = (module for module in model.modules() if isinstance(module, BankOfValues))
+    ignored = {bank.table for bank in banks if bank.trains_on_host}
+    how = {"mesh": mesh, "mp_policy": policy, "ignored_params": ignored}
     for block in model.blocks:
         source = block.attention.value.source
-        if source is not None and any(True for _ in source.parameters()):
-            fully_shard(source, mesh=mesh, mp_policy=policy)
+        if source is not None and not ignored.issuperset(source.parameters()):
+            fully_shard(source, **how)
             # Decoding reads the table by this method, which must gather it as forward does.
             register_fsdp_forward_method(source, "attend_past")
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, **how)
     for part in (model.embedding, model.head, model):
-        fully_shard(part, mesh=mesh, mp_policy=policy)
+        fully_shard(part, **how)
 
 
 def reshard(model: nn.Module) -> None:

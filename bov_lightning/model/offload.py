@@ -1,5 +1,7 @@
 """Value tables that stay out of the device's memory: only the rows of a batch's tokens come to it.
 
+This is how decoding reads them; how they are trained is in `bov_lightning.distributed.host_tables`.
+
 Which rows these are is known before the first layer runs, so that a thread fetches the new ones
 while earlier layers compute; on CUDA the copy runs on a stream of its own. The rows live with the
 cache, in the order in which they were first needed: a row's *slot*.
@@ -8,7 +10,6 @@ cache, in the order in which they were first needed: a row's *slot*.
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,18 +27,25 @@ def moved(host: Tensor, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
-class HostTable(Protocol):
+class HostTable:
     """A table outside of the device's memory."""
 
     n_row: int
     width: int
     nbytes: int
+    collective = False
+    """Whether ranks take rows together, all of them, even where one needs none."""
 
     def take(self, ids_N: Tensor) -> Tensor:
         """Those rows, (N, width), in the host's memory."""
+        raise NotImplementedError
+
+    def look_up(self, row_ids: Tensor, like: Tensor) -> Tensor:
+        """The rows of ``row_ids`` (...), (..., width), on ``like``'s device and in its dtype."""
+        return self.take(row_ids.flatten().cpu()).to(like).unflatten(0, row_ids.shape)
 
 
-class MemoryTable:
+class MemoryTable(HostTable):
     """A table in the host's memory; pinned where a CUDA device will copy from it."""
 
     def __init__(self, table: Tensor, device: torch.device):
@@ -51,7 +59,7 @@ class MemoryTable:
         return torch.index_select(self.table, 0, ids_N, out=rows)
 
 
-class FileTable:
+class FileTable(HostTable):
     """A table inside of a file, whose rows are read when they are asked for."""
 
     def __init__(self, path: Path, offset: int, shape: tuple[int, int], dtype: torch.dtype):
@@ -117,7 +125,7 @@ class BankRows:
     def prefetch(self, ids_N: Tensor) -> None:
         """Starts to fetch rows that were just admitted."""
         self.wait()
-        if len(ids_N):
+        if len(ids_N) or self.table.collective:
             self._pending = _threads.submit(self._fetch, ids_N)
 
     @torch.no_grad()

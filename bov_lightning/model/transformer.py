@@ -148,6 +148,10 @@ class Transformer(nn.Module):
     that two models of one seed share all weights that both have.
     """
 
+    fetch_rows: Callable[[Tensor], None] | None = None
+    """What brings rows of tables in the host's memory to the device before the layers look them up;
+    called with their numbers, (B, T) or (B, T, R)."""
+
     def __init__(self, config: TransformerConfig, seed: int = 0):
         super().__init__()
         self.config = config
@@ -207,6 +211,8 @@ class Transformer(nn.Module):
             starts_BT = own_BT if starts_BT is None else own_BT | starts_BT
         text = WholeText(config, self.lookup_source) if cache is None else cache
         rotary = rotary_angles_at(text.begin(token_ids_BT, lengths, starts_BT), config.head_dim)
+        if cache is None and self.fetch_rows is not None:
+            self.fetch_rows(text.tokens.row_ids)
         masks = text.masks
         x_BTC = rms_norm(self.embedding(token_ids_BT) if embedded_BTC is None else embedded_BTC)
         rotary = tuple(angle.to(x_BTC.dtype) for angle in rotary)  # once for all layers

@@ -119,6 +119,11 @@ class ValueSource(nn.Module):
         """The layer whose value the source reads: its target layers all lie above it."""
         return 0 if cls.skips_first_layer else None
 
+    @classmethod
+    def reads_as_bank(cls) -> bool:
+        """Whether values are sums of rows of one table, which may lie outside of the device."""
+        return False
+
     def __init__(self, config: "TransformerConfig"):
         super().__init__()
 
@@ -299,12 +304,38 @@ class BankOfValues(ValueSource, name="bank"):
         """Takes the table from elsewhere, for inference; this module then holds none."""
         self.host, self.table = host, None
 
+    def train_on_host(self, host: "HostTable", table: nn.Parameter) -> None:
+        """Takes the table from elsewhere, for training: as a parameter that nobody moves."""
+        self.host, self.table = host, table
+
+    @property
+    def trains_on_host(self) -> bool:
+        """Whether the table is a parameter in the host's memory."""
+        return self.host is not None and self.table is not None
+
+    def _apply(self, fn, recurse=True):
+        if not self.trains_on_host:
+            return super()._apply(fn, recurse)
+        # Whatever moves a module to a device goes through here.
+        table, self._parameters["table"] = self.table, None
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self._parameters["table"] = table
+
+    @classmethod
+    def reads_as_bank(cls):
+        # They are found where `offload` and `train_on_host` have put them.
+        return all(
+            getattr(cls, name) is getattr(BankOfValues, name) for name in ("forward", "attend_past")
+        )
+
     def forward(self, inputs, projection):
         row_ids = inputs.row_ids
         if self.host is None:
             rows = F.embedding(row_ids, self.table)
         else:
-            rows = self.host.take(row_ids.flatten().cpu()).to(inputs.x).unflatten(0, row_ids.shape)
+            rows = self.host.look_up(row_ids, inputs.x)
         return sum_rows(rows, self.weights(row_ids))
 
     def weights(self, row_ids: Tensor) -> tuple[float, ...] | None:
@@ -336,8 +367,12 @@ class BankOfValues(ValueSource, name="bank"):
             stream = fill.stream(f"{prefix}.projection.weight")
             projection.uniform_(-bound, bound, generator=stream)
             rows = rms_norm(embedding) @ projection.T
-        more = rows.new_zeros(len(self.table) - self.n_vocab, shape[1])
-        fill.fill(self.table, torch.cat((rows, more)) if len(more) else rows)
+        if len(self.table) > self.n_vocab:
+            # Large, so there once.
+            whole = rows.new_zeros(len(self.table), shape[1])
+            whole[: self.n_vocab] = rows
+            rows = whole
+        fill.fill(self.table, rows)
 
 
 @dataclass(frozen=True)
@@ -499,11 +534,7 @@ class LayerValues(nn.Module):
         """The table whose rows, times coefficients, are this layer's values; None: there is more to
         them, so that the numbers of rows are not enough."""
         source = self._source
-        is_bank = isinstance(source, BankOfValues) and all(
-            getattr(type(source), name) is getattr(BankOfValues, name)
-            for name in ("forward", "attend_past")
-        )
-        return source if is_bank and not self.add_context else None
+        return source if source.reads_as_bank() and not self.add_context else None
 
     def vectors_read(self, n_past: int) -> int:
         """How many value vectors decoding one token after ``n_past`` reads at most."""

@@ -20,7 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from bov_lightning.distributed.host_tables import TablesOnHost
 from bov_lightning.distributed.sharding import is_sharded, local_part
+from bov_lightning.optim.row_adamw import UPDATES, RowAdamW
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -81,9 +83,11 @@ class MuonAdamW(torch.optim.Optimizer):
             ``muon`` with ``lr``, ``momentum``, ``beta2``, ``weight_decay``, and ``dtype``, which
             the orthogonalisation is computed and sent in: bf16 if not given (2-D parameters only);
             ``adamw`` with ``lr``, ``betas``, ``eps``, ``weight_decay`` (decoupled).
+        on_host: value tables in the host's memory, which are parameters of an ``adamw`` group and
+            trained by row (`RowAdamW`).
     """
 
-    def __init__(self, groups: Iterable[dict]):
+    def __init__(self, groups: Iterable[dict], on_host: TablesOnHost | None = None):
         defaults = {"lr": 0.0, "weight_decay": 0.0}
         super().__init__(list(groups), defaults)
         for group in self.param_groups:
@@ -93,6 +97,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 raise ValueError("Muon updates matrices only: give other parameters to adamw")
             if group["kind"] == "muon":
                 group.setdefault("dtype", torch.bfloat16)
+        self.rows = None if on_host is None else RowAdamW(on_host)
         self.gradient_norm = math.nan
         self.n_skipped = self.n_skipped_in_row = 0
 
@@ -102,7 +107,9 @@ class MuonAdamW(torch.optim.Optimizer):
             for p in group["params"]:
                 if self.state[p]:
                     continue
-                if group["kind"] == "adamw":
+                if self.rows is not None and self.rows.holds(p):
+                    self.state[p].update(self.rows.new_state(p))
+                elif group["kind"] == "adamw":
                     self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                     self.state[p]["exp_avg"] = torch.zeros_like(p)
                     self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
@@ -111,8 +118,16 @@ class MuonAdamW(torch.optim.Optimizer):
                     self.state[p]["second_moment"] = _averaged_zeros(p, _average_dim(p))
 
     @torch.no_grad()
+    def count_every_row(self) -> None:
+        """Takes every row of a table in the host's memory for updated in every step so far: what is
+        true of a checkpoint whose tables were on the device."""
+        for state in self.state.values():
+            if UPDATES in state:
+                local_part(state[UPDATES]).fill_(state["step"])
+
+    @torch.no_grad()
     def step(self, closure=None):
-        """Updates all parameters that have a gradient."""
+        """Updates all parameters that have a gradient; of tables in the host's memory the rows."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -135,6 +150,8 @@ class MuonAdamW(torch.optim.Optimizer):
                 by_shape[p.shape, p.device, p.dtype].append(p)
             for matrices in by_shape.values():
                 self._muon(matrices, group)
+        if self.rows is not None:
+            self.rows.step(self.state, self.param_groups)
         return loss
 
     def _gradient_norm(self) -> float:
@@ -147,7 +164,8 @@ class MuonAdamW(torch.optim.Optimizer):
         sharded = next((grad for grad in grads if is_sharded(grad)), None)
         if sharded is not None:
             _sum_over_shards(square, sharded)
-        return math.sqrt(square.item())
+        on_host = 0.0 if self.rows is None else self.rows.gather()
+        return math.sqrt(square.item() + on_host)
 
     def _adamw(self, parameters: list[Tensor], group: dict) -> None:
         beta1, beta2 = group["betas"]

@@ -13,6 +13,7 @@ numbers, but import torch's compiler and take several times as long.
 """
 
 import gc
+import math
 import sys
 import weakref
 from collections import Counter
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch._guards import active_fake_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bov_lightning.distributed.host_tables import banks_of
 from bov_lightning.distributed.layout import Layout
 from bov_lightning.distributed.sharding import (
     local_part,
@@ -39,6 +41,8 @@ from bov_lightning.distributed.sharding import (
 from bov_lightning.model import attention, layers, loss, matmul, transformer
 from bov_lightning.model.config import TransformerConfig
 from bov_lightning.model.counting import meta_model
+from bov_lightning.model.ngrams import rows_per_token
+from bov_lightning.model.offload import HostTable
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.optim import muon_adamw
 from bov_lightning.optim.groups import build_groups
@@ -195,6 +199,8 @@ def _simulate(
     config = recipe.model.config
     dtype = torch.bfloat16 if layout.half else None
     model = _empty_model(config, device)
+    if recipe.tables_on == "host":
+        _fetch_rows(model, dtype if layout.sharded else None, tracker)
     if recipe.activation_checkpointing:
         recompute_activations(model)
     if layout.shards:
@@ -229,6 +235,58 @@ def _simulate(
         tracker.phase = "optimizer"
         optimizer.step()
     return {**{kind: tracker.most[kind] for kind in KINDS}, **tracker.peak}
+
+
+def host_memory(recipe: Recipe, layout: Layout, n_micro: int) -> dict[str, int]:
+    """Bytes of one process in the host's memory that value tables take there (tables_on: host).
+
+    ``tables``: its rows with their moments and counts; ``gradients``: of the rows that a step
+    touches, at most; ``checkpoint``: the copy that is written, kept where the device is a GPU.
+    """
+    model, config = meta_model(recipe.model.config), recipe.model.config
+    banks = banks_of(model)
+    n_row, width = banks[0][1].table.shape
+    n_token = n_micro * recipe.batch.micro * config.sequence_len
+    n_touched = min(n_row, n_token * math.prod(rows_per_token(model.lookup_source, "meta")))
+    n_own = -(-n_row // layout.world_size)
+    tables = 4 * len(banks) * n_own * (3 * width + 1)
+    gradients = 4 * len(banks) * n_touched * width
+    return {"tables": tables, "gradients": gradients, "checkpoint": tables}
+
+
+class _FetchedRows(HostTable):
+    """What a table in the host's memory has on the device: at most a row for each that is read."""
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype | None, tracker: "_StorageTracker"):
+        (self.n_row, self.width), self.dtype, self.tracker = shape, dtype, tracker
+
+    def begin(self, row_ids: Tensor) -> None:
+        """The rows of a micro-step."""
+        self.inverse = torch.zeros_like(row_ids)
+        n_row = min(self.n_row, row_ids.numel())
+        self.rows = torch.empty(n_row, self.width, dtype=self.dtype, device=row_ids.device)
+        self.tracker.label([self.rows], "tables")
+        self.rows.requires_grad_().register_post_accumulate_grad_hook(
+            lambda rows: self.tracker.label([rows.grad], "tables")
+        )
+
+    def look_up(self, row_ids: Tensor, like: Tensor) -> Tensor:
+        """As `bov_lightning.distributed.host_tables.TrainedTable` does."""
+        return F.embedding(self.inverse, self.rows)
+
+
+def _fetch_rows(model: Transformer, dtype: torch.dtype | None, tracker: "_StorageTracker") -> None:
+    """Has a model look its rows up in tables that are not on the device."""
+    tables = []
+    for _, bank in banks_of(model):
+        tables.append(_FetchedRows(bank.table.shape, dtype, tracker))
+        bank.offload(tables[-1])
+
+    def fetch(row_ids: Tensor) -> None:
+        for table in tables:
+            table.begin(row_ids)
+
+    model.fetch_rows = fetch
 
 
 def _empty_model(config: TransformerConfig, device: str) -> Transformer:

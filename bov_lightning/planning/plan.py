@@ -8,14 +8,22 @@ from rich.table import Table
 
 from bov_lightning.distributed.layout import Layout, read_layout
 from bov_lightning.errors import UserError
+from bov_lightning.model.lookup import source_class
 from bov_lightning.optim.groups import scaled
 from bov_lightning.planning.cost import make_plan
 from bov_lightning.planning.devices import device_memory, parse_bytes
-from bov_lightning.planning.memory import KINDS, PARTS, plan_memory
+from bov_lightning.planning.memory import KINDS, PARTS, host_memory, plan_memory
 from bov_lightning.planning.own_source import try_own_source
 from bov_lightning.recipe.budget import accumulation
 from bov_lightning.recipe.given import Given
 from bov_lightning.recipe.sections import Recipe
+
+HOST = {
+    "tables": "host memory per device, for tables",
+    "gradients": "  for gradients of their rows, at most",
+    "checkpoint": "  for a checkpoint's copy of them",
+}
+"""What `host_memory` gives, in words."""
 
 
 def print_plan(given: Given, n_device: int | None, available: str | None, as_json: bool) -> None:
@@ -46,6 +54,8 @@ def print_plan(given: Given, n_device: int | None, available: str | None, as_jso
     plan["accumulation"] = n_micro
     plan["optimizer"] = scaled(model.optimizer, model.config, batch.tokens)
     plan["memory_per_device"] = memory = plan_memory(recipe, layout, n_micro)
+    if recipe.tables_on == "host":
+        plan["host_memory_per_device"] = host_memory(recipe, layout, n_micro)
     if as_json:
         print(json.dumps(plan))
     else:
@@ -56,7 +66,7 @@ def print_plan(given: Given, n_device: int | None, available: str | None, as_jso
 
 def _print_table(recipe: Recipe, plan: dict, n_device: int) -> None:
     params, memory, cache = plan["params"], plan["memory_per_device"], plan["cache"]
-    n_micro = plan["accumulation"]
+    n_micro, on_host = plan["accumulation"], plan.get("host_memory_per_device", {})
     batch = f"{recipe.batch.tokens:,} tokens = {n_device} devices x {n_micro} micro-steps"
     rows = [
         ("parameters, live", f"{params['live']:,}"),
@@ -70,6 +80,7 @@ def _print_table(recipe: Recipe, plan: dict, n_device: int) -> None:
         ("memory per device, at its peak", f"{memory['peak'] / 2**30:.2f} GiB"),
         ("  which is in the", PARTS[memory["peak_in"]]),
         *((f"  {kind}, at most", f"{memory[kind] / 2**30:.2f} GiB") for kind in KINDS),
+        *((HOST[kind], f"{size / 2**30:.2f} GiB") for kind, size in on_host.items()),
         ("KV cache per token", f"{cache['bytes_per_token']:,} bytes in bf16"),
         ("  with standard values", f"{cache['bytes_per_token_standard']:,} bytes"),
     ]
@@ -101,6 +112,9 @@ def check_fit(recipe: Recipe, layout: Layout, memory: dict[str, Any], available:
         elif layout.replicate > 1:
             advice.append(f"fewer copies than replicate {layout.replicate}")
         advice.append(f"more devices than {layout.world_size}")
+        in_rows = source_class(recipe.model.config.value.source).reads_as_bank()
+        if in_rows and recipe.tables_on == "device" and memory["tables"] > 0.5 * memory["peak"]:
+            advice.append("tables_on host")
         if layout.cuda and not layout.half:
             advice.append("trainer.precision bf16-mixed")
     raise UserError(

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from bov_lightning.errors import UserError
 from bov_lightning.kinds import COUNT, PATH, SEED, Range, check_least
 from bov_lightning.model.config import TransformerConfig
+from bov_lightning.model.lookup import source_class
 from bov_lightning.optim.config import OptimizerConfig
 
 MAX_NAME = 200
@@ -191,6 +192,10 @@ class Recipe:
     """Whether the blocks multiply in fp8 (needs torchao and a GPU of Ada, Hopper or newer)."""
     activation_checkpointing: bool = False
     """Whether to recompute activations in the backward pass instead of keeping them."""
+    tables_on: Literal["device", "host"] = "device"
+    """Where value tables lie while they are trained. host: in the host's memory, for a bank or
+    ngram_bank that a device cannot hold; the rows of a micro-step are fetched, and AdamW updates
+    the rows that a step has touched, as docs/memory.md describes."""
     resume: Literal["auto", "never", "changed_code"] = "auto"
     """auto: continue from the newest complete checkpoint; never: move an old run of this name
     aside and start afresh; changed_code: as auto, though the file of a value source of your own is
@@ -199,3 +204,26 @@ class Recipe:
     """class_path and init_args of a LightningDataModule."""
     trainer: dict[str, Any] = field(default_factory=dict)
     """Arguments of lightning.pytorch.Trainer, except those that other sections decide."""
+
+    def __post_init__(self):
+        if self.tables_on != "host":
+            return
+        name = self.model.config.value.source
+        source = source_class(name)
+        if not source.reads_as_bank():
+            raise UserError(
+                f"tables_on is host, but value.source {name} has no table whose rows can be fetched"
+                ": use bank or ngram_bank, or tables_on: device"
+            )
+        group = source.optimizer_groups.get("table", "matrix")
+        if (group if isinstance(group, str) else group[0]) == "matrix":
+            raise UserError(
+                f"tables_on is host, but value.source {name} has its table trained by Muon, which "
+                "takes no rows alone: put it into the group table in optimizer_groups, or use "
+                "tables_on: device"
+            )
+        if self.trainer.get("gradient_clip_val"):
+            raise UserError(
+                "trainer.gradient_clip_val would leave out the tables that tables_on: host keeps "
+                "from the trainer: leave it out, or use tables_on: device"
+            )

@@ -7,10 +7,18 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from bov_lightning.distributed.sharding import recompute_activations
-from bov_lightning.distributed.strategy import ShardedStrategy
+from bov_lightning.distributed.host_tables import (
+    TablesOnHost,
+    host_parameters,
+    keep_tables_on_host,
+)
+from bov_lightning.distributed.ranks import Ranks
+from bov_lightning.distributed.sharding import recompute_activations, write_part
+from bov_lightning.distributed.strategy import ControlGroup, ShardedStrategy
 from bov_lightning.errors import UserError
+from bov_lightning.model.layers import Initialiser
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.optim.groups import build_groups
 from bov_lightning.optim.muon_adamw import MuonAdamW
@@ -34,6 +42,7 @@ class BoVModule(pl.LightningModule):
         self.recipe, self.config = recipe, recipe.model.config
         self.batch_tokens = recipe.batch.tokens
         self.model: Transformer | None = None
+        self.tables_on_host: TablesOnHost | None = None
         self.bits_per_byte = BitsPerByte()
         self.token_bytes: Tensor | None = None
         self.train_loss: Tensor | float = 0.0
@@ -67,9 +76,11 @@ class BoVModule(pl.LightningModule):
             return
         recipe, trainer = self.recipe, trainer_of(self)
         strategy = None if trainer is None else trainer.strategy
-        sharded = isinstance(strategy, ShardedStrategy)
-        with torch.device("meta") if sharded else nullcontext():
+        sharded, on_host = isinstance(strategy, ShardedStrategy), recipe.tables_on == "host"
+        with torch.device("meta") if sharded or on_host else nullcontext():
             self.model = Transformer(self.config, recipe.seed)
+        if on_host:
+            self._keep_tables_on_host(strategy)
         if recipe.fp8 and trainer is not None:
             check_fp8_device(strategy.root_device)
             use_fp8(self.model)
@@ -79,8 +90,18 @@ class BoVModule(pl.LightningModule):
             self.model.compile_blocks()
         if sharded:
             strategy.build(self.model, recipe.seed)
+        elif on_host:
+            self.model.to_empty(device="cpu")
+            self.model.initialise(Initialiser(recipe.seed, write_part))
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             self._show_text(trainer.datamodule)
+
+    def _keep_tables_on_host(self, strategy: ControlGroup | None) -> None:
+        ranks = Ranks() if strategy is None else strategy.new_ranks()
+        dtype = getattr(strategy, "param_dtype", None)
+        self.tables_on_host = keep_tables_on_host(self.model, ranks, dtype)
+        names = [f"model.{name}" for name in host_parameters(self.model)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
 
     def _show_text(self, data: pl.LightningDataModule) -> None:
         """Shows training text to a value source that learns from it; all ranks the same."""
@@ -121,7 +142,7 @@ class BoVModule(pl.LightningModule):
         """Muon and AdamW, under the paper's schedules."""
         settings = self.recipe.model.optimizer
         groups = build_groups(self.model, settings, self.config, self.batch_tokens)
-        optimizer = MuonAdamW(groups)
+        optimizer = MuonAdamW(groups, self.tables_on_host)
         schedule = TrainingSchedule(optimizer, self.n_step, settings)
         return {
             "optimizer": optimizer,

@@ -16,7 +16,7 @@ from bov_lightning.model.counting import count_parameters
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.planning import memory
 from bov_lightning.planning.devices import parse_bytes
-from bov_lightning.planning.memory import KINDS, plan_memory
+from bov_lightning.planning.memory import KINDS, host_memory, plan_memory
 from bov_lightning.recipe.budget import accumulation
 from bov_lightning.recipe.building import build
 from bov_lightning.recipe.overlays import merge
@@ -132,6 +132,23 @@ def test_tables_are_counted_apart():
     assert plan(standard)["tables"] == 0
     assert 2 * plan(shared)["tables"] == plan()["tables"]
     assert plan(shared)["parameters"] == plan()["parameters"]
+
+
+def test_tables_on_the_host_are_counted_there():
+    """On the device, rows of a micro-step and their gradients: at most one for each that is read;
+    on the host, table, moments and counts, and the gradients of a step's rows."""
+    ngrams = {"source": "ngram_bank", "source_args": {"n_row": 20_000, "reach": 2}}
+    overlay = {"tables_on": "host", "model": {"config": {"value": ngrams}}}
+    found = plan(overlay)
+    width, n_read, n_row = 32, 2 * 256 * 3, 1024 + 19_997
+    assert found["tables"] == 2 * 4 * 2 * n_read * width
+    assert found["parameters"] == plan()["parameters"]
+    for world in (1, 2):
+        once, often = (host_memory(recipe_of(overlay), Layout(world), n) for n in (1, 100))
+        n_own = -(-n_row // world)
+        assert once["tables"] == once["checkpoint"] == 4 * 2 * n_own * (3 * width + 1)
+        assert once["gradients"] == 4 * 2 * n_read * width
+        assert often["gradients"] == 4 * 2 * n_row * width
 
 
 def test_gradients_live_through_the_forward_pass_with_and_without_accumulation():
@@ -253,12 +270,16 @@ LARGE_TABLES = {
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("world", [1, 2])
-def test_plan_is_what_training_takes(world):
+@pytest.mark.parametrize(("world", "tables_on"), [(1, "device"), (2, "device"), (2, "host")])
+def test_plan_is_what_training_takes(world, tables_on):
     """Within 15%; the tables are half of a rank's memory and more."""
-    settings = merge(SETTINGS, LARGE_TABLES)
+    settings = merge(SETTINGS, LARGE_TABLES | {"tables_on": tables_on})
     recipe = build(Recipe, settings, "test")
+    layout = read_layout(recipe.trainer, world)
     n_micro = accumulation(recipe.batch.tokens, recipe.batch.micro, 128, world)
-    planned = plan_memory(recipe, read_layout(recipe.trainer, world), n_micro)
+    planned = plan_memory(recipe, layout, n_micro)["peak"]
+    if tables_on == "host":  # which the device is here, too
+        on_host = host_memory(recipe, layout, n_micro)
+        planned += on_host["tables"] + on_host["gradients"]
     for measured in in_processes(world, measure_memory.peak, settings):
-        assert measured == pytest.approx(planned["peak"], rel=0.15)
+        assert measured == pytest.approx(planned, rel=0.15)
