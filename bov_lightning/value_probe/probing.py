@@ -183,7 +183,10 @@ class _Run:
             open_ones = [c for c in conditions if not tallies[c.key].is_known(precision)]
             for batch in bench.batches(unit, self.settings.batch_size):
                 computed = bench.compute(batch, spread.add)
-                lasts = [bench.last_output(computed, condition) for condition in open_ones]
+                lasts, near = [], []
+                for condition in open_ones:
+                    near = [bench.change(computed, condition, near)]
+                    lasts.append(near[0].outputs[-1])
                 base, differences = bench.compare(computed, lasts)
                 found["base"] += base.tolist()
                 for condition, rows_B4 in zip(open_ones, differences, strict=True):

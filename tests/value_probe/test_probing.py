@@ -89,14 +89,19 @@ def test_bank_layers_of_our_own_cost_nothing(tokenizer, texts):
 
 @pytest.mark.slow
 def test_values_that_are_noise_are_not_explained(tokenizer, texts):
-    """Each token at each position has others, with nothing in common."""
+    """A token has others after each other text, with nothing in common."""
     model = tiny("gpt2", {})
-    draw = torch.Generator().manual_seed(0)
-    mixed = 20 * torch.randn(48, 48, generator=draw)
+    noise = torch.randn(5003, 48, generator=torch.Generator().manual_seed(0))
+    seen = []
+    model.transformer.wte.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
+
+    def noisy(module, inputs, out):
+        ids = seen[-1]
+        mixed = ids * 389 + ids.cumsum(1) * 31
+        return torch.cat((out[..., :-48], noise[mixed % len(noise)]), dim=-1)
+
     for block in model.transformer.h:
-        block.attn.c_attn.register_forward_hook(
-            lambda module, inputs, out: torch.cat((out[..., :-48], (inputs[0] @ mixed).sin()), -1)
-        )
+        block.attn.c_attn.register_forward_hook(noisy)
     settings = replace(FEW, tokens=9000, row_length=96)
     result = bov_lightning.probe(model, tokenizer, texts, settings)
     for layer in result.layers:
@@ -118,7 +123,7 @@ def test_a_table_by_token_and_position_changes_nothing(kind):
     bench = Bench(model, _backend(model), places, tables, keys.flatten(), 0)
     computed = bench.compute(Rows(ids, keys))
     everything = tuple(range(len(places)))
-    lasts = [bench.last_output(computed, Condition(everything, n)) for n in (None, 0)]
+    lasts = [bench.change(computed, Condition(everything, n)).outputs[-1] for n in (None, 0)]
     base, (same, other) = bench.compare(computed, lasts)
     logits = model(ids).logits[:, :-1].log_softmax(-1)
     expected = -logits.gather(-1, ids[:, 1:, None])[..., 0].sum(1)
@@ -225,7 +230,7 @@ class _Costs(Order):
         draw = torch.Generator().manual_seed(seed)
         self.alone = torch.rand(n, generator=draw)
         self.together = torch.rand(n, n, generator=draw)
-        self.bench, self.n_call = type("Bench", (), {"free": set()}), 0
+        self.bench, self.n_call, self._near = type("Bench", (), {"free": set()}), 0, []
 
     def cost(self, layers):
         self.n_call += 1
