@@ -129,9 +129,9 @@ def _tells_shares(model: nn.Module, places: list[Place], ids_BT: Tensor) -> bool
             error = _per_value_head(shares[0], place) - attention_BTK
             fits = bool(error.norm() <= SAME_ATTENTION * attention_BTK.float().norm())
         agree.append(fits)
-        shares.clear()
 
-    with Attending(shares.append):
+    # Layers below and between these attend, too.
+    with Attending(shares.append), values(places, lambda place, values_BTKD: shares.clear()):
         _by_derivative(model, places, ids_BT, compare)
     return all(agree)
 
