@@ -93,24 +93,73 @@ class Tally:
         for name, column in zip(vars(self), rows_B4.T.tolist(), strict=True):
             getattr(self, name).extend(column)
 
+    def first(self, n_row: int) -> "Tally":
+        """Of the first rows alone."""
+        return Tally(*(column[:n_row] for column in vars(self).values()))
+
     @property
     def cost(self) -> Cost:
         """Per target; the standard error is that of a mean over rows."""
-        n = sum(self.counted)
-        nats, n_row = sum(self.nats) / n, len(self.nats)
-        error = math.nan
-        if n_row > 1:
-            each = [(a - nats * c) / (n / n_row)
-                    for a, c in zip(self.nats, self.counted, strict=True)]  # fmt: skip
-            error = math.sqrt(sum(e * e for e in each) / (n_row - 1) / n_row)
+        n, n_row = sum(self.counted), len(self.nats)
+        nats, errors = sum(self.nats) / n, self._errors()
+        error = math.sqrt(_product(errors, errors) / n_row) if n_row > 1 else math.nan
         return Cost(nats, error, sum(self.kl) / n, sum(self.agreed) / n, int(n))
 
-    def is_known(self, precision: float) -> bool:
-        """Whether the standard error is small enough."""
-        if len(self.nats) < UNIT or precision == 0:
+    def cost_beside(self, other: "Tally | None") -> Cost:
+        """As the cost of another, known of more rows, and the difference on the rows of both, if
+        that is more exact (difference estimator of double sampling)."""
+        plain, n_row = self.cost, len(self.nats)
+        if other is None or len(other.nats) <= n_row:
+            return plain
+        common, all_of_it = other.first(n_row).cost, other.cost
+        error = math.sqrt(max(0.0, self._variance_beside(other)))
+        if not error < plain.standard_error:
+            return plain
+        nats, kl, agreement = (
+            getattr(plain, name) + getattr(all_of_it, name) - getattr(common, name)
+            for name in ("nats", "kl", "agreement")
+        )
+        return Cost(nats, error, kl, agreement, plain.n_token)
+
+    def is_known(self, precision: float, other: "Tally | None" = None) -> bool:
+        """Whether the standard error is small enough; or that of the difference to another, whose
+        own comes on top, half as large."""
+        n_row = len(self.nats)
+        if n_row < UNIT or precision == 0:
             return False
         cost = self.cost
-        return cost.standard_error <= precision * (ABSOLUTE + RELATIVE * abs(cost.nats))
+        enough = precision * (ABSOLUTE + RELATIVE * abs(cost.nats))
+        if cost.standard_error <= enough:
+            return True
+        if other is None or len(other.nats) < n_row:
+            return False
+        difference = self._difference(other)
+        return math.sqrt(_product(difference, difference) / n_row) <= enough / 2
+
+    def _errors(self) -> list[float]:
+        """How far each row's cost is from the mean one, per target."""
+        n, n_row = sum(self.counted), len(self.nats)
+        nats = sum(self.nats) / n
+        return [(a - nats * c) / (n / n_row) for a, c in zip(self.nats, self.counted, strict=True)]
+
+    def _difference(self, other: "Tally") -> list[float]:
+        """Of the errors, on the rows of both."""
+        others = other.first(len(self.nats))._errors()
+        return [a - b for a, b in zip(self._errors(), others, strict=True)]
+
+    def _variance_beside(self, other: "Tally") -> float:
+        n_row, n_all = len(self.nats), len(other.nats)
+        difference, errors = self._difference(other), other._errors()
+        return (
+            _product(difference, difference) / n_row
+            + _product(errors, errors) / n_all
+            + 2 * _product(difference, errors[:n_row]) / n_all
+        )
+
+
+def _product(a: list[float], b: list[float]) -> float:
+    """The covariance of what has the mean 0."""
+    return sum(x * y for x, y in zip(a, b, strict=True)) / (len(a) - 1)
 
 
 class Bench:
