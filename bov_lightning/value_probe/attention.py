@@ -1,8 +1,8 @@
 """Attention computed so that it tells how much of it each value gets.
 
-Whatever calls `torch.nn.functional.scaled_dot_product_attention` gets its output from here, computed
-a few queries at a time: in calibration that takes a quarter of the time of a derivative by the
-values, which says the same and needs nothing of the way in which a model attends.
+Whatever calls `torch.nn.functional.scaled_dot_product_attention` gets its output from here,
+computed a few queries at a time. Calibration takes half the time that it takes with a derivative
+by the values, which says the same and needs nothing of the way in which a model attends.
 
 Shapes: B rows, T queries, S keys, H query heads, K key heads, D channels.
 """

@@ -17,9 +17,7 @@ IDS = torch.randint(1, 300, (2, 20), generator=torch.Generator().manual_seed(1))
 @pytest.mark.parametrize(("n_token", "scale"), [(5, None), (2 * N_QUERY + 7, 0.3)])
 def test_it_is_pytorchs_and_its_shares_are_those_of_the_weights(mask, n_token, scale):
     draw = torch.Generator().manual_seed(0)
-    query, key, value = (
-        torch.randn(2, n_head, n_token, 8, generator=draw) for n_head in (6, 3, 3)
-    )
+    query, key, value = (torch.randn(2, n_head, n_token, 8, generator=draw) for n_head in (6, 3, 3))
     how = {"scale": scale, "enable_gqa": True, "is_causal": mask == "causal"}
     causal = torch.ones(n_token, n_token, dtype=torch.bool).tril()
     allowed = causal & torch.ones_like(causal).triu(-3)  # a window

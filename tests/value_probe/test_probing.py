@@ -308,7 +308,9 @@ def test_differences_tell_more_than_few_rows(seed):
     assert float(nats.mean()) == pytest.approx(0.8, abs=0.03)
     said = torch.tensor([cost.standard_error for cost in costs]).square().mean().sqrt()
     assert float(said) == pytest.approx(float(nats.std()), rel=0.15)
-    assert float(said) < float(torch.tensor([few.cost.standard_error for few, _ in drawn]).mean()) / 2
+    assert (
+        float(said) < float(torch.tensor([few.cost.standard_error for few, _ in drawn]).mean()) / 2
+    )
     for cost in costs:
         assert cost.kl == pytest.approx(2 * cost.nats)
         assert cost.n_token == 80
