@@ -29,7 +29,7 @@ MAX_KEPT = 2**27
 """Elements of probabilities that are kept while the order is sought."""
 UNIT = 4
 """Rows after which it is decided whether a cost is known well enough, whatever a batch is."""
-ABSOLUTE, RELATIVE = 0.005, 0.05
+ABSOLUTE, RELATIVE = 0.01, 0.1
 """Standard error in nats, and per nat, that is well enough at precision 1."""
 
 
