@@ -1,8 +1,9 @@
 """What a model loses when layers take their values from tables.
 
 Texts are computed once, unchanged, and what each layer gave is kept. With some layers' values
-replaced, those below the first of them give the same again, so that only the rest is computed; the
-head comes last, for a few positions at a time.
+replaced, those below the first of them give the same again, so that only the rest is computed. The
+same holds beside other sets of layers: one that differs from the last one in a single layer gives
+what that gave below it. The head comes last, for a few positions at a time.
 
 Shapes: B rows, T tokens, P positions, V vocabulary, K value heads, D channels per head.
 """
@@ -21,13 +22,14 @@ from bov_lightning.value_probe.result import Cost
 from bov_lightning.value_probe.rows import Rows
 from evaluation.backends import Backend
 
-MAX_LOGITS = 2**25
-"""Elements of the fp32 logits that are computed together."""
+MAX_LOGITS = 2**22
+"""Elements of the fp32 logits that are computed together: what is made of them is then read from a
+cache of usual size."""
 MAX_KEPT = 2**27
 """Elements of probabilities that are kept while the order is sought."""
 UNIT = 4
 """Rows after which it is decided whether a cost is known well enough, whatever a batch is."""
-ABSOLUTE, RELATIVE = 0.002, 0.02
+ABSOLUTE, RELATIVE = 0.01, 0.1
 """Standard error in nats, and per nat, that is well enough at precision 1."""
 
 
@@ -43,6 +45,23 @@ class Condition:
     def key(self) -> str:
         """Its name in the state."""
         return f"{','.join(map(str, self.layers))}:{'' if self.own_rows is None else self.own_rows}"
+
+    def first_difference(self, other: "Condition") -> float:
+        """The lowest layer that takes other values; infinity where none does."""
+        own, others = ({(n, c.own_rows) for n in c.layers} for c in (self, other))
+        return min((layer for layer, _ in own ^ others), default=math.inf)
+
+
+UNCHANGED = Condition(())
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A batch, as the model computes it with tables."""
+
+    condition: Condition
+    outputs: list[Any]
+    """What each layer gave."""
 
 
 @dataclass
@@ -74,24 +93,73 @@ class Tally:
         for name, column in zip(vars(self), rows_B4.T.tolist(), strict=True):
             getattr(self, name).extend(column)
 
+    def first(self, n_row: int) -> "Tally":
+        """Of the first rows alone."""
+        return Tally(*(column[:n_row] for column in vars(self).values()))
+
     @property
     def cost(self) -> Cost:
         """Per target; the standard error is that of a mean over rows."""
-        n = sum(self.counted)
-        nats, n_row = sum(self.nats) / n, len(self.nats)
-        error = math.nan
-        if n_row > 1:
-            each = [(a - nats * c) / (n / n_row)
-                    for a, c in zip(self.nats, self.counted, strict=True)]  # fmt: skip
-            error = math.sqrt(sum(e * e for e in each) / (n_row - 1) / n_row)
+        n, n_row = sum(self.counted), len(self.nats)
+        nats, errors = sum(self.nats) / n, self._errors()
+        error = math.sqrt(_product(errors, errors) / n_row) if n_row > 1 else math.nan
         return Cost(nats, error, sum(self.kl) / n, sum(self.agreed) / n, int(n))
 
-    def is_known(self, precision: float) -> bool:
-        """Whether the standard error is small enough."""
-        if len(self.nats) < UNIT or precision == 0:
+    def cost_beside(self, other: "Tally | None") -> Cost:
+        """As the cost of another, known of more rows, and the difference on the rows of both, if
+        that is more exact (difference estimator of double sampling)."""
+        plain, n_row = self.cost, len(self.nats)
+        if other is None or len(other.nats) <= n_row:
+            return plain
+        common, all_of_it = other.first(n_row).cost, other.cost
+        error = math.sqrt(max(0.0, self._variance_beside(other)))
+        if not error < plain.standard_error:
+            return plain
+        nats, kl, agreement = (
+            getattr(plain, name) + getattr(all_of_it, name) - getattr(common, name)
+            for name in ("nats", "kl", "agreement")
+        )
+        return Cost(nats, error, kl, agreement, plain.n_token)
+
+    def is_known(self, precision: float, other: "Tally | None" = None) -> bool:
+        """Whether the standard error is small enough; or that of the difference to another, whose
+        own comes on top, half as large."""
+        n_row = len(self.nats)
+        if n_row < UNIT or precision == 0:
             return False
         cost = self.cost
-        return cost.standard_error <= precision * (ABSOLUTE + RELATIVE * abs(cost.nats))
+        enough = precision * (ABSOLUTE + RELATIVE * abs(cost.nats))
+        if cost.standard_error <= enough:
+            return True
+        if other is None or len(other.nats) < n_row:
+            return False
+        difference = self._difference(other)
+        return math.sqrt(_product(difference, difference) / n_row) <= enough / 2
+
+    def _errors(self) -> list[float]:
+        """How far each row's cost is from the mean one, per target."""
+        n, n_row = sum(self.counted), len(self.nats)
+        nats = sum(self.nats) / n
+        return [(a - nats * c) / (n / n_row) for a, c in zip(self.nats, self.counted, strict=True)]
+
+    def _difference(self, other: "Tally") -> list[float]:
+        """Of the errors, on the rows of both."""
+        others = other.first(len(self.nats))._errors()
+        return [a - b for a, b in zip(self._errors(), others, strict=True)]
+
+    def _variance_beside(self, other: "Tally") -> float:
+        n_row, n_all = len(self.nats), len(other.nats)
+        difference, errors = self._difference(other), other._errors()
+        return (
+            _product(difference, difference) / n_row
+            + _product(errors, errors) / n_all
+            + 2 * _product(difference, errors[:n_row]) / n_all
+        )
+
+
+def _product(a: list[float], b: list[float]) -> float:
+    """The covariance of what has the mean 0."""
+    return sum(x * y for x, y in zip(a, b, strict=True)) / (len(a) - 1)
 
 
 class Bench:
@@ -142,23 +210,35 @@ class Bench:
         return Computed(ids, keys, outputs)
 
     @torch.no_grad()
-    def last_output(self, computed: Computed, condition: Condition) -> Any:
-        """What the last layer gives with tables in place of some layers' values."""
+    def change(
+        self, computed: Computed, condition: Condition, others: Iterable[Changed] = ()
+    ) -> Changed:
+        """The same batch with tables in place of some layers' values.
+
+        ``others`` are of the same batch: what is the same in one of them is not computed again.
+        """
+        start = max(
+            (Changed(UNCHANGED, computed.outputs), *others),
+            key=lambda other: condition.first_difference(other.condition),
+        )
+        first = min(condition.first_difference(start.condition), len(self.places) - 1)
         tables = {layer: self._table(layer, condition.own_rows) for layer in condition.layers}
-        found: list[Any] = []
+        outputs = start.outputs[:first]
 
         def replace(place: Place, values_BTKD: Tensor) -> Tensor:
             return tables[place.layer][computed.keys].to(values_BTKD.dtype)
 
         def keep(place: Place, module: nn.Module, inputs: tuple, named: dict, out: Any) -> None:
-            found.append(out)
-            raise EnoughError
+            outputs.append(out)
+            if place is self.places[-1]:
+                raise EnoughError
 
-        below = list(zip(self.places, computed.outputs, strict=True))[: min(condition.layers)]
-        changed = [place for place in self.places if place.layer in tables]
-        with replayed(below), values(changed, replace), after(self.places[-1:], "block", keep):
+        below = list(zip(self.places, outputs, strict=False))
+        above = self.places[first:]
+        replaced = [place for place in above if place.layer in tables]
+        with replayed(below), values(replaced, replace), after(above, "block", keep):
             call(self.model, computed.ids)
-        return found[0]
+        return Changed(condition, outputs)
 
     def _table(self, layer: int, own_rows: int | None) -> Tensor:
         table, mask = self.tables[layer], None
@@ -174,8 +254,8 @@ class Bench:
 
         Returns:
             (B, 2) fp64, loss of the unchanged model and targets; and for each of ``lasts``, which
-            `last_output` gave, (B, 4): its loss less that, KL divergence to the unchanged model,
-            positions with the same likeliest token, targets.
+            the last layer gave with tables, (B, 4): its loss less that, KL divergence to the
+            unchanged model, positions with the same likeliest token, targets.
         """
         ids = computed.ids
         targets_BT, counted_BT = ids[:, 1:], ids[:, 1:] != self.start
@@ -253,6 +333,8 @@ class Order:
         self.bench, self.known, self.save = bench, known, save
         self.rows, self.batch_size = rows, batch_size
         self._computed: list[Computed] = []
+        self._near: list[list[Changed]] = []
+        """Of each batch, sets of layers that the next ones may differ from but little."""
 
     def cost(self, layers: tuple[int, ...]) -> float:
         """KL divergence per token with tables in these layers."""
@@ -261,13 +343,16 @@ class Order:
             if not self._computed:
                 batches = self.bench.batches(self.rows, self.batch_size)
                 self._computed = [self.bench.compute(batch) for batch in batches]
+                self._near = [[] for _ in self._computed]
                 if self.rows.n_token * self.bench.backend.vocab_size <= MAX_KEPT:
                     for computed in self._computed:
                         computed.kept = {}
             tally = Tally()
-            for computed in self._computed:
-                last = self.bench.last_output(computed, condition)
-                tally.add(self.bench.compare(computed, [last])[1][0])
+            for i, computed in enumerate(self._computed):
+                changed = self.bench.change(computed, condition, self._near[i])
+                if len(layers) > 1:
+                    self._near[i].append(changed)
+                tally.add(self.bench.compare(computed, [changed.outputs[-1]])[1][0])
             self.known[condition.key] = tally.cost.kl
             self.save(self.known)
         return self.known[condition.key]
@@ -288,6 +373,12 @@ class Order:
             best = min(fresh, key=lambda n: (round(step[n], self.DIGITS), n))
             total += step[best]
             order.append(best)
+            self._keep(tuple(sorted(order)))
             left.remove(best)
             fresh = set()
         return order
+
+    def _keep(self, layers: tuple[int, ...]) -> None:
+        """Only one of the sets that were computed, from which the next differ least."""
+        for near in self._near:
+            near[:] = [c for c in near if c.condition.layers == layers] or near[:1]

@@ -24,6 +24,9 @@ from evaluation.probe import Probe
 
 SMALL_TABLE_SETS = (10, 6, 4, 3)
 """Small tables are measured with the first 1/n of the layers in their order."""
+ANCHORS = (1 / 10, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1)
+"""Sets with such shares of the order are measured by themselves; those between them, which lose
+much the same on the same text, as differences to the next one."""
 
 Progress = Callable[[str, int, int], None]
 """Takes what is being done, how much of it is, and how much there is."""
@@ -125,8 +128,9 @@ class _Run:
         n_seen = int((counts > 0).sum())
         sizes = [n for n in self.settings.own_row_counts if n < n_seen]
         conditions = self._conditions(order, sizes)
-        measured = self._measure(bench, conditions)
-        return self._result(name, tables, order, sizes, measured)
+        references = self._references(order, sizes)
+        measured = self._measure(bench, conditions, references)
+        return self._result(name, tables, order, sizes, measured, references)
 
     def _calibrate(self) -> dict[int, Table]:
         calibration = Calibration(self.model, self.places, self.text, self.settings, self.state)
@@ -160,7 +164,22 @@ class _Run:
         conditions += [_condition(s, n) for s in self._small_sets(order) for n in sizes]
         return list(dict.fromkeys(conditions))
 
-    def _measure(self, bench: Bench, conditions: list[Condition]) -> dict[str, Any]:
+    def _references(self, order: list[int], sizes: list[int]) -> dict[str, str]:
+        """By condition, the one that it is compared with."""
+        anchors = sorted({max(1, int(share * len(order) + 1e-9)) for share in ANCHORS})
+        found = {}
+        for first, last in zip([0, *anchors], anchors, strict=False):
+            for n in range(first + 1, last):
+                found[_condition(order[:n]).key] = _condition(order[:last]).key
+        for layers in self._small_sets(order):
+            for n in sizes:
+                found[_condition(layers, n).key] = _condition(layers).key
+        by_themselves = {_condition([layer]).key for layer in order}
+        return {key: other for key, other in found.items() if key not in by_themselves}
+
+    def _measure(
+        self, bench: Bench, conditions: list[Condition], references: dict[str, str]
+    ) -> dict[str, Any]:
         """Tallies by condition, the loss, and sums of the values, over the held-out rows.
 
         All of it is kept after every few rows. Whether a condition needs more of them is decided at
@@ -180,10 +199,16 @@ class _Run:
         while found["rows"] < len(rows):
             unit = rows[found["rows"] : found["rows"] + UNIT]
             tallies = {key: Tally(**t) for key, t in found["conditions"].items()}
-            open_ones = [c for c in conditions if not tallies[c.key].is_known(precision)]
+            open_ones = [
+                c for c in conditions
+                if not tallies[c.key].is_known(precision, tallies.get(references.get(c.key)))
+            ]  # fmt: skip
             for batch in bench.batches(unit, self.settings.batch_size):
                 computed = bench.compute(batch, spread.add)
-                lasts = [bench.last_output(computed, condition) for condition in open_ones]
+                lasts, near = [], []
+                for condition in open_ones:
+                    near = [bench.change(computed, condition, near)]
+                    lasts.append(near[0].outputs[-1])
                 base, differences = bench.compare(computed, lasts)
                 found["base"] += base.tolist()
                 for condition, rows_B4 in zip(open_ones, differences, strict=True):
@@ -197,12 +222,13 @@ class _Run:
 
     def _result(
         self, name: str | None, tables: dict[int, Table], order: list[int], sizes: list[int],
-        measured: dict[str, Any],
+        measured: dict[str, Any], references: dict[str, str],
     ) -> ProbeResult:  # fmt: skip
         tallies = {key: Tally(**t) for key, t in measured["conditions"].items()}
 
         def of_set(layers: list[int], own_rows: int | None = None) -> SetResult:
-            cost = tallies[_condition(layers, own_rows).key].cost
+            key = _condition(layers, own_rows).key
+            cost = tallies[key].cost_beside(tallies.get(references.get(key)))
             return SetResult(layers, cost, own_rows, **self._bytes(layers, own_rows))
 
         spread = _Spread.of(self.places, measured)

@@ -10,7 +10,11 @@ ELEMENT_BYTES = 2
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model loses, per target token of held-out text."""
+    """What a model loses, per target token of held-out text.
+
+    That of a set may be the cost of a similar one, which more text was taken for, and the
+    difference between the two.
+    """
 
     nats: float
     """Loss less that of the unchanged model."""
@@ -21,7 +25,7 @@ class Cost:
     agreement: float
     """Share of positions at which the likeliest token is the same."""
     n_token: int
-    """Targets that it was measured on."""
+    """Targets that the model was computed on with these tables."""
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,11 @@ def make_text(
         name = min(open_parts, key=lambda n: given[n] / wanted[n])
         parts[name].append(piece)
         given[name] += len(piece)
-    made = {name: _rows(parts[name], start, n_token)[: wanted[name]] for name in wanted}
+    # Held-out rows are mixed, since what a few of them say is taken for what all would say.
+    made = {
+        name: _rows(parts[name], start, n_token, mixed=name != "calibration")[: wanted[name]]
+        for name in wanted
+    }
     if len(made["calibration"]) < settings.batch_size or not all(map(len, made.values())):
         raise UserError(
             f"the text holds {sum(given.values()):,} tokens, too few for a batch of "
@@ -123,9 +127,11 @@ def _pieces(texts: Iterable[str], tokenizer: Any, start: int, longest: int) -> I
                 yield [start, *ids[first : first + longest]]
 
 
-def _rows(pieces: list[list[int]], start: int, n_token: int) -> np.ndarray:
-    """(R, T) int64; what fills no row is left out."""
+def _rows(pieces: list[list[int]], start: int, n_token: int, mixed: bool) -> np.ndarray:
+    """(R, T) int64, in an order of their own if ``mixed``; what fills no row is left out."""
     stream = np.concatenate([np.array(piece, dtype=np.int64) for piece in pieces or [[]]])
     n_row = len(stream) // (n_token - 1)
     rows = stream[: n_row * (n_token - 1)].astype(np.int64).reshape(n_row, n_token - 1)
+    if mixed:
+        rows = np.random.default_rng(0).permutation(rows)
     return np.concatenate((np.full((n_row, 1), start, dtype=np.int64), rows), axis=1)

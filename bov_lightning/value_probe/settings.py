@@ -34,7 +34,7 @@ class ProbeSettings:
     """sizes of tables that keep rows for the most frequent ids only, regression giving the rest"""
 
     precision: Annotated[float, Range(0, 100)] = 1.0
-    """a cost is measured until its standard error is below this times 0.002 nats + 2%; 0: on all
+    """a cost is measured until its standard error is below this times 0.01 nats + 10%; 0: on all
     held-out text"""
 
     order_rows: Annotated[int, COUNT] = 4

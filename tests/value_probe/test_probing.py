@@ -89,14 +89,19 @@ def test_bank_layers_of_our_own_cost_nothing(tokenizer, texts):
 
 @pytest.mark.slow
 def test_values_that_are_noise_are_not_explained(tokenizer, texts):
-    """Each token at each position has others, with nothing in common."""
+    """A token has others after each other text, with nothing in common."""
     model = tiny("gpt2", {})
-    draw = torch.Generator().manual_seed(0)
-    mixed = 20 * torch.randn(48, 48, generator=draw)
+    noise = torch.randn(5003, 48, generator=torch.Generator().manual_seed(0))
+    seen = []
+    model.transformer.wte.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
+
+    def noisy(module, inputs, out):
+        ids = seen[-1]
+        mixed = ids * 389 + ids.cumsum(1) * 31
+        return torch.cat((out[..., :-48], noise[mixed % len(noise)]), dim=-1)
+
     for block in model.transformer.h:
-        block.attn.c_attn.register_forward_hook(
-            lambda module, inputs, out: torch.cat((out[..., :-48], (inputs[0] @ mixed).sin()), -1)
-        )
+        block.attn.c_attn.register_forward_hook(noisy)
     settings = replace(FEW, tokens=9000, row_length=96)
     result = bov_lightning.probe(model, tokenizer, texts, settings)
     for layer in result.layers:
@@ -118,7 +123,7 @@ def test_a_table_by_token_and_position_changes_nothing(kind):
     bench = Bench(model, _backend(model), places, tables, keys.flatten(), 0)
     computed = bench.compute(Rows(ids, keys))
     everything = tuple(range(len(places)))
-    lasts = [bench.last_output(computed, Condition(everything, n)) for n in (None, 0)]
+    lasts = [bench.change(computed, Condition(everything, n)).outputs[-1] for n in (None, 0)]
     base, (same, other) = bench.compare(computed, lasts)
     logits = model(ids).logits[:, :-1].log_softmax(-1)
     expected = -logits.gather(-1, ids[:, 1:, None])[..., 0].sum(1)
@@ -126,6 +131,33 @@ def test_a_table_by_token_and_position_changes_nothing(kind):
     assert same[:, :2].abs().max() < 1e-3
     assert torch.equal(same[:, 2], same[:, 3])
     assert other[:, 1].min() > 1  # rows of the next key: another text's values
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_what_sets_have_in_common_is_not_computed_again(kind):
+    """Beside any others, a set gives what it gives alone."""
+    model = tiny(kind, {"num_hidden_layers": 4})
+    ids = torch.randint(1, 300, (2, 20), generator=torch.Generator().manual_seed(5))
+    places, draw = find_places(model), torch.Generator().manual_seed(6)
+    tables = {}
+    for place in places:
+        own, other = torch.randn(2, 300, place.n_head, place.head_dim, generator=draw)
+        tables[place.layer] = Table(own, other, 0.0, False, False)
+    bench = Bench(model, _backend(model), places, tables, torch.arange(300), 0)
+    computed = bench.compute(Rows(ids, ids))
+    sets = [(0,), (0, 2), (0, 1, 2), (3,), (0, 1, 2, 3)]
+    conditions = [Condition(layers, n) for layers in sets for n in (None, 40)]
+    used, near = [], []
+    with values(places, lambda place, v: used.append(place.layer)):
+        for condition in conditions:
+            near.append(bench.change(computed, condition, near))
+    alone = [bench.change(computed, condition) for condition in conditions]
+    for one, other in zip(near, alone, strict=True):
+        torch.testing.assert_close(one.outputs, other.outputs, rtol=0, atol=0)
+        assert len(one.outputs) == 4
+    assert used.count(3) == len(conditions)
+    assert [used.count(layer) for layer in (0, 1, 2)] == [2, 4, 6]
 
 
 @pytest.mark.slow
@@ -225,7 +257,7 @@ class _Costs(Order):
         draw = torch.Generator().manual_seed(seed)
         self.alone = torch.rand(n, generator=draw)
         self.together = torch.rand(n, n, generator=draw)
-        self.bench, self.n_call = type("Bench", (), {"free": set()}), 0
+        self.bench, self.n_call, self._near = type("Bench", (), {"free": set()}), 0, []
 
     def cost(self, layers):
         self.n_call += 1
@@ -252,6 +284,42 @@ def test_standard_errors_are_those_of_means_over_rows():
     tally.add(torch.stack((nats * 10, nats, nats, torch.full_like(nats, 10.0)), dim=1))
     assert tally.cost.nats == pytest.approx(float(nats.mean()))
     assert tally.cost.standard_error == pytest.approx(float(nats.std() / 40**0.5))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_differences_tell_more_than_few_rows(seed):
+    """To a set that is known of more rows, and loses much the same: against many such texts."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def columns(nats):
+        return torch.stack((nats * 10, nats * 20, nats, torch.full_like(nats, 10.0)), dim=1)
+
+    def both():
+        nats = 1 + torch.randn(64, dtype=torch.float64, generator=draw)
+        other = nats * 0.8 + 0.1 * torch.randn(64, dtype=torch.float64, generator=draw)
+        few, many = Tally(), Tally()
+        few.add(columns(other)[:8])
+        many.add(columns(nats))
+        return few, many
+
+    drawn = [both() for _ in range(400)]
+    costs = [few.cost_beside(many) for few, many in drawn]
+    nats = torch.tensor([cost.nats for cost in costs])
+    assert float(nats.mean()) == pytest.approx(0.8, abs=0.03)
+    said = torch.tensor([cost.standard_error for cost in costs]).square().mean().sqrt()
+    assert float(said) == pytest.approx(float(nats.std()), rel=0.15)
+    assert (
+        float(said) < float(torch.tensor([few.cost.standard_error for few, _ in drawn]).mean()) / 2
+    )
+    for cost in costs:
+        assert cost.kl == pytest.approx(2 * cost.nats)
+        assert cost.n_token == 80
+    # Where the other one is not known better, or says nothing, a set stands for itself.
+    few, many = drawn[0]
+    assert few.cost_beside(many.first(8)) == few.cost_beside(None) == few.cost
+    nothing = Tally()
+    nothing.add(columns(torch.zeros(8, dtype=torch.float64)))
+    assert nothing.cost_beside(many) == nothing.cost
 
 
 @pytest.mark.slow
