@@ -37,8 +37,8 @@ that the text has had before."""
 SCORES = 1 << 22
 """Scores that lie in scratch memory at a time: so many fit a processor's cache."""
 
-SAFE_EXPONENT = 60.0
-"""Up to it, powers of two and sums of them are far from the ends of fp32."""
+SAFE = 2.0**60
+"""Sums of weights below it, and above one over it, are far from the ends of fp32."""
 
 PIECE = 2048
 """Tokens whose keys and values lie in the scratch buffers at a time."""
@@ -209,7 +209,7 @@ def attend_by_sums(
     n_query = q_KQD.shape[1]
     first_page = request.seen_from(window) // n_slot
     numbers = request.pages[first_page:].tolist()
-    n_page, end = len(numbers), request.n_token - first_page * n_slot
+    n_page = len(numbers)
     n_at_once = max(1, SCORES // (n_page * n_slot * n_query))
     while n_kv_head % n_at_once:
         n_at_once -= 1
@@ -231,37 +231,34 @@ def attend_by_sums(
     score_NKPQ = scratch.take("scores", (n_page, n_at_once, n_slot, n_query), torch.float32)
     exact_KDP = scratch.take("exact", (n_at_once, head_dim, n_slot), torch.float32)
     y_KQD = scratch.take("sums", q_KQD.shape, torch.float32)
-    for low in range(0, n_kv_head, n_at_once):
-        heads = slice(low, low + n_at_once)
+
+    def summed_weights(heads: slice, below_0: bool) -> tuple[Tensor, Tensor]:
+        """Weights of distinct rows, (K, U, Q), and what all of a query's are together, (K, Q)."""
         for score_KPQ, number in zip(score_NKPQ, numbers, strict=True):
             keys_KDP = pages[number, heads]
             if keys_KDP.dtype != torch.float32:
                 keys_KDP = exact_KDP.copy_(keys_KDP)
             torch.bmm(keys_KDP.mT, q_KDQ[heads], out=score_KPQ)
-        weight_NKPQ = _to_weights(score_NKPQ, first_cut, hidden_NQP.mT, end - n_page * n_slot)
-        summed = F.embedding_bag(
+        score_NKPQ[first_cut:].masked_fill_(hidden_NQP.mT[:, None], -torch.inf)
+        if below_0:
+            score_NKPQ.sub_(score_NKPQ.amax(2, keepdim=True).amax(0))
+        weight_NKPQ = score_NKPQ.exp2_()
+        summed_KUQ = F.embedding_bag(
             slots, weight_NKPQ.view(-1, n_query), starts, mode="sum", per_sample_weights=weights
-        )
-        summed_KUQ = summed.view(n_at_once, -1, n_query)
-        total_KQ = summed_KUQ.sum(1) if weights is None else weight_NKPQ.sum(2).sum(0)
+        ).view(n_at_once, -1, n_query)
+        # Where rows have weights, their sums are no longer those of the tokens.
+        return summed_KUQ, summed_KUQ.sum(1) if weights is None else weight_NKPQ.sum(2).sum(0)
+
+    for low in range(0, n_kv_head, n_at_once):
+        heads = slice(low, low + n_at_once)
+        summed_KUQ, total_KQ = summed_weights(heads, below_0=False)
+        least, most = total_KQ.aminmax()
+        # With normed queries and keys it never is, which saves two passes over all scores.
+        if not 1 / SAFE < least <= most < SAFE:
+            summed_KUQ, total_KQ = summed_weights(heads, below_0=True)
         torch.bmm(summed_KUQ.mT, values_KUD[heads], out=y_KQD[heads])
         y_KQD[heads].div_(total_KQ[..., None])
     _write(y_KQD, out)
-
-
-def _to_weights(score_NKPQ: Tensor, first_cut: int, hidden_NPQ: Tensor, beyond: int) -> Tensor:
-    """Powers of two of the scores, in their place: the weights, but for a factor.
-
-    ``beyond``: minus the number of slots at the end that hold no token.
-    """
-    if beyond:
-        score_NKPQ[-1, :, beyond:] = 0
-    low, high = score_NKPQ.aminmax()
-    score_NKPQ[first_cut:].masked_fill_(hidden_NPQ[:, None], -torch.inf)
-    # Normed queries and keys never come near it: a pass less over all scores.
-    if not -SAFE_EXPONENT < low <= high < SAFE_EXPONENT:
-        score_NKPQ.sub_(score_NKPQ.amax(2, keepdim=True).amax(0))
-    return score_NKPQ.exp2_()
 
 
 @dataclass
@@ -342,7 +339,8 @@ def _write(y_KQD: Tensor, out: Tensor) -> None:
 def _in_fp32(table: Tensor, rows: Tensor, scratch: Scratch) -> Tensor:
     """(U, K*D) fp32: these rows, in scratch memory."""
     shape = len(rows), table.shape[1]
-    found = torch.index_select(table, 0, rows, out=scratch.take("values", shape, table.dtype))
+    found = scratch.take("values", shape, table.dtype)
+    torch.index_select(table, 0, rows, out=found)
     if table.dtype == torch.float32:
         return found
     return scratch.take("values", shape, torch.float32).copy_(found)
