@@ -164,7 +164,10 @@ def test_vllms_kernel_is_asked_for_pages_that_it_takes():
     assert best_for_many(16, 64) is attend_in_pieces is best_for_many(32, 80)
 
 
-@pytest.mark.parametrize(("overlay", "share"), [("bov", 2 / 6), ("bov_second_half", 3 / 6)])
+@pytest.mark.parametrize(
+    ("overlay", "share"),
+    [("bov", 2 / 6), pytest.param("bov_second_half", 3 / 6, marks=pytest.mark.slow)],
+)
 def test_as_many_more_blocks_as_theory_says(overlay, share, tmp_path):
     """1 / (1 - f/2) where a share f of the layers has a bank; key-only is what is not chosen."""
     model = make_model(overlay)
