@@ -9,8 +9,6 @@ from test_server import run  # noqa: F401 (a fixture)
 
 from bov_lightning.interop.hf_export import export
 
-pytestmark = pytest.mark.xdist_group("server")
-
 TASK = """\
 task: copa_rows
 dataset_path: json

@@ -23,8 +23,6 @@ from bov_lightning.checkpoint.writing import config_yaml, write_checkpoint
 from bov_lightning.inference.loading import load
 from data_modules.tokenizer import TokenizerConfig, save_tokenizer, train_tokenizer
 
-pytestmark = pytest.mark.xdist_group("server")
-
 PROMPTS = ["import ", "def read(self, path):", "The value of a token", "x"]
 
 
