@@ -5,15 +5,19 @@ of every slot, and the value of a slot is made of these rows of the table. New k
 written before this reads them, so that a request's new tokens are the last ones of its past. Within
 a page a head's keys are a matrix (D, P), as vLLM's kernel for CPUs wants them.
 
-A few new tokens (decoding, drafts) read the keys where they lie. For many (prefill) keys and values
-are written to scratch memory, which all of them share, and go through a kernel for dense attention:
-torch's here, vLLM's own in `bov_vllm.key_only`.
+One new token (decoding) and a few (drafts) read keys and rows where they lie. Up to some hundred
+read the keys where they lie too, sum the weights of equal rows, and read each row once. For more
+(prefill), or where few rows are equal, keys and values are written to scratch memory, which all of
+them share, and go through a kernel for dense attention: torch's here, vLLM's own in
+`bov_vllm.key_only`.
 
 Shapes: T new tokens of all requests, n new tokens and S tokens in all of one request, H query
-heads, K key-value heads, G = H / K, D head dimension, N pages of P slots, R rows per token. Row
-numbers are (N, P) where that is one, with weight 1, or (N, P, R).
+heads, K key-value heads, G = H / K, Q = n * G queries of a key-value head, D head dimension, N
+pages of P slots, R rows per token, U distinct rows. Row numbers are (N, P) where a token has one,
+with weight 1, or (N, P, R).
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -24,7 +28,17 @@ from torch import Tensor
 from bov_lightning.model.decode import of_rows, read_bag, read_summed
 
 FEW_NEW = 8
-"""Up to so many new tokens of a request read keys in place."""
+"""Up to so many new tokens of a request read every row where it lies."""
+
+SOME_NEW = 64, 256
+"""Up to so many read each distinct row once: where a quarter of the rows, or half of them, is one
+that the text has had before."""
+
+SCORES = 1 << 22
+"""Scores that lie in scratch memory at a time: so many fit a processor's cache."""
+
+SAFE = 2.0**60
+"""Sums of weights below it, and above one over it, are far from the ends of fp32."""
 
 PIECE = 2048
 """Tokens whose keys and values lie in the scratch buffers at a time."""
@@ -111,45 +125,229 @@ def attend_pages(
     for request in requests:
         new = slice(request.first, request.first + request.n_new)
         row_ids = page_ids[request.pages].flatten(0, 1)[: request.n_token]
-        many = attend_many or attend_in_pieces
-        attend = attend_in_place if request.n_new <= FEW_NEW else many
+        if request.n_new == 1:
+            attend = attend_one
+        elif request.n_new <= FEW_NEW:
+            attend = attend_few
+        elif sums_pay(request, row_ids, window, row_weights):
+            attend = attend_by_sums
+        else:
+            attend = attend_many or attend_in_pieces
         attend(
             q_THD[new], pages_NKDP, row_ids, table, request, window, scale, out_THD[new], scratch,
             row_weights,
         )  # fmt: skip
 
 
-def attend_in_place(
+def attend_one(
     q: Tensor, pages: Tensor, row_ids: Tensor, table: Tensor, request: Request,
     window: int | None, scale: float, out: Tensor, scratch: Scratch,
     row_weights: tuple[float, ...] | None = None,
 ) -> None:  # fmt: skip
-    """`attend_pages` of one request, whose row numbers are given: keys are read where they lie."""
-    n_new, n_head, head_dim = q.shape
+    """`attend_pages` of a request's only new token, its row numbers given."""
+    _, n_head, _ = q.shape
     _, n_kv_head, _, n_slot = pages.shape
-    group = n_head // n_kv_head
     start = request.seen_from(window)
     first_page = start // n_slot
-    q_KQD = q.view(n_new, n_kv_head, group, head_dim).transpose(0, 1).flatten(1, 2)
-    score = _scores_in_place(q_KQD, pages, request, first_page)
+    score_NKGP = _scores_in_place(_by_kv_head(q, n_kv_head), pages, request, first_page)
     begin = start - first_page * n_slot
-    score_KnGS = score.permute(1, 2, 0, 3).reshape(n_kv_head, n_new, group, -1)
-    score_KnGS = score_KnGS[..., begin : begin + request.n_token - start] * scale
-    hidden = band_hides(n_new, request.n_token - start, window)
-    if hidden is not None:
-        score_KnGS.masked_fill_(hidden[:, None], -torch.inf)
-    weight_1QS = score_KnGS.softmax(-1).flatten(0, 2)[None]
-    weight_1QS, row_ids_1S = of_rows(weight_1QS, row_ids[None, start:], row_weights)
+    score_HS = score_NKGP.permute(1, 2, 0, 3).reshape(n_head, -1)
+    score_HS = score_HS[:, begin : begin + request.n_token - start] * scale
+    weight_1HS, row_ids_1S = of_rows(score_HS.softmax(-1)[None], row_ids[None, start:], row_weights)
     read = read_bag
     if row_ids_1S.shape[1] > len(table):
         read, row_ids_1S = read_summed, row_ids_1S.long()
-    # All queries of a key-value head are one group, whose bags read the same rows one by one.
-    y_1Q1D = read(weight_1QS, row_ids_1S, table, n_kv_head)
-    out.copy_(y_1Q1D.view(n_kv_head, n_new, group, head_dim).transpose(0, 1).flatten(1, 2))
+    out.copy_(read(weight_1HS, row_ids_1S, table, n_kv_head).view_as(out))
+
+
+def attend_few(
+    q: Tensor, pages: Tensor, row_ids: Tensor, table: Tensor, request: Request,
+    window: int | None, scale: float, out: Tensor, scratch: Scratch,
+    row_weights: tuple[float, ...] | None = None,
+) -> None:  # fmt: skip
+    """The same for a few: page by page, so that all queries find its rows in the cache."""
+    n_kv_head, n_slot = pages.shape[1], pages.shape[3]
+    q_KQD = _by_kv_head(q, n_kv_head)
+    n_query, head_dim = q_KQD.shape[1:]
+    first_page = request.seen_from(window) // n_slot
+    n_page = len(request.pages) - first_page
+    score_NKQP = _scores_in_place(q_KQD, pages, request, first_page).mul_(scale * math.log2(math.e))
+    first_cut, hidden_NQP = _hidden_in_pages(request, n_slot, n_query, window)
+    score_NKQP[first_cut:].masked_fill_(hidden_NQP[:, None], -torch.inf)
+    weight_NKQP = score_NKQP.sub_(score_NKQP.amax(-1, keepdim=True).amax(0)).exp2_()
+    total_KQ = weight_NKQP.sum((0, -1))
+    rows = request.kept.get(("rows of pages", window))
+    if rows is None:
+        ids = row_ids[first_page * n_slot :]
+        # Slots that hold no token have weight 0, and row 0.
+        none_each = (0, 0) * (ids.dim() - 1)
+        ids = F.pad(ids, (*none_each, 0, n_page * n_slot - len(ids))).view(n_page, 1, 1, -1)
+        rows = ids * n_kv_head + torch.arange(n_kv_head).view(-1, 1, 1)
+        rows = rows.expand(-1, -1, n_query, -1).flatten(0, 2).int()
+        request.kept["rows of pages", window] = rows
+    if row_weights is not None:
+        weight_NKQP = torch.stack([weight * weight_NKQP for weight in row_weights], dim=-1)
+    bags = F.embedding_bag(
+        rows, table.view(-1, head_dim), mode="sum",
+        per_sample_weights=weight_NKQP.reshape(len(rows), -1).to(table.dtype),
+    )  # fmt: skip
+    y_KQD = bags.view(n_page, n_kv_head, n_query, head_dim).sum(0, dtype=torch.float32)
+    _write(y_KQD.div_(total_KQ[..., None]), out)
+
+
+def attend_by_sums(
+    q: Tensor, pages: Tensor, row_ids: Tensor, table: Tensor, request: Request,
+    window: int | None, scale: float, out: Tensor, scratch: Scratch,
+    row_weights: tuple[float, ...] | None = None,
+) -> None:  # fmt: skip
+    """The same for some hundred: the weights of equal rows are summed, in fp32 as all else is.
+
+    Keys are read page by page; a few heads at a time, so that their scores stay in the cache.
+    """
+    n_kv_head, head_dim, n_slot = pages.shape[1:]
+    q_KQD = _by_kv_head(q, n_kv_head)
+    n_query = q_KQD.shape[1]
+    first_page = request.seen_from(window) // n_slot
+    numbers = request.pages[first_page:].tolist()
+    n_page = len(numbers)
+    n_at_once = max(1, SCORES // (n_page * n_slot * n_query))
+    while n_kv_head % n_at_once:
+        n_at_once -= 1
+    rows = _distinct_rows(request, row_ids, window, row_weights)
+    bags = request.kept.get(("bags", window))
+    if bags is None:
+        place = rows.token + request.seen_from(window) - first_page * n_slot
+        heads = torch.arange(n_at_once)[:, None]
+        slots = (place // n_slot * n_at_once + heads) * n_slot + place % n_slot
+        starts = rows.starts + heads * len(place)
+        weights = None if rows.weights is None else rows.weights.repeat(n_at_once)
+        bags = request.kept["bags", window] = slots.flatten().int(), starts.flatten().int(), weights
+    slots, starts, weights = bags
+    first_cut, hidden_NQP = _hidden_in_pages(request, n_slot, n_query, window)
+    values_UV = _in_fp32(table, rows.distinct, scratch)
+    values_KUD = values_UV.unflatten(1, (n_kv_head, head_dim)).transpose(0, 1)
+    # Scores are powers of two, which are quicker than those of e.
+    q_KDQ = q_KQD.float().mul(scale * math.log2(math.e)).mT.contiguous()
+    score_NKPQ = scratch.take("scores", (n_page, n_at_once, n_slot, n_query), torch.float32)
+    exact_KDP = scratch.take("exact", (n_at_once, head_dim, n_slot), torch.float32)
+    y_KQD = scratch.take("sums", q_KQD.shape, torch.float32)
+
+    def summed_weights(heads: slice, below_0: bool) -> tuple[Tensor, Tensor]:
+        """Weights of distinct rows, (K, U, Q), and what all of a query's are together, (K, Q)."""
+        for score_KPQ, number in zip(score_NKPQ, numbers, strict=True):
+            keys_KDP = pages[number, heads]
+            if keys_KDP.dtype != torch.float32:
+                keys_KDP = exact_KDP.copy_(keys_KDP)
+            torch.bmm(keys_KDP.mT, q_KDQ[heads], out=score_KPQ)
+        score_NKPQ[first_cut:].masked_fill_(hidden_NQP.mT[:, None], -torch.inf)
+        if below_0:
+            score_NKPQ.sub_(score_NKPQ.amax(2, keepdim=True).amax(0))
+        weight_NKPQ = score_NKPQ.exp2_()
+        summed_KUQ = F.embedding_bag(
+            slots, weight_NKPQ.view(-1, n_query), starts, mode="sum", per_sample_weights=weights
+        ).view(n_at_once, -1, n_query)
+        # Where rows have weights, their sums are no longer those of the tokens.
+        return summed_KUQ, summed_KUQ.sum(1) if weights is None else weight_NKPQ.sum(2).sum(0)
+
+    for low in range(0, n_kv_head, n_at_once):
+        heads = slice(low, low + n_at_once)
+        summed_KUQ, total_KQ = summed_weights(heads, below_0=False)
+        least, most = total_KQ.aminmax()
+        # With normed queries and keys it never is, which saves two passes over all scores.
+        if not 1 / SAFE < least <= most < SAFE:
+            summed_KUQ, total_KQ = summed_weights(heads, below_0=True)
+        torch.bmm(summed_KUQ.mT, values_KUD[heads], out=y_KQD[heads])
+        y_KQD[heads].div_(total_KQ[..., None])
+    _write(y_KQD, out)
+
+
+@dataclass
+class DistinctRows:
+    """The rows that a text's values are made of, each once."""
+
+    distinct: Tensor
+    """(U,) int64: their numbers."""
+    token: Tensor
+    """(S*R,) int64: the tokens, counted from the first seen one, sorted by their row."""
+    starts: Tensor
+    """(U,) int64: where a row's tokens start."""
+    weights: Tensor | None
+    """(S*R,) fp32: what each of these is multiplied by; None: 1."""
+
+
+def _distinct_rows(
+    request: Request, row_ids: Tensor, window: int | None, row_weights: tuple[float, ...] | None
+) -> DistinctRows:
+    """Worked out once for all layers of a step."""
+    found = request.kept.get(("distinct", window))
+    if found is None:
+        ids = row_ids[request.seen_from(window) :].flatten().long()
+        n_row = 1 if row_weights is None else len(row_weights)
+        order = ids.argsort()
+        distinct, counts = ids[order].unique_consecutive(return_counts=True)
+        weights = None if row_weights is None else torch.tensor(row_weights)[order % n_row]
+        found = DistinctRows(distinct, order // n_row, counts.cumsum(0) - counts, weights)
+        request.kept["distinct", window] = found
+    return found
+
+
+def sums_pay(
+    request: Request, row_ids: Tensor, window: int | None, row_weights: tuple[float, ...] | None
+) -> bool:
+    """Whether `attend_by_sums` is the fastest way of a request."""
+    if request.n_new > max(SOME_NEW):
+        return False
+    share = 0.75 if request.n_new <= min(SOME_NEW) else 0.5
+    n_seen = request.n_token - request.seen_from(window)
+    return len(_distinct_rows(request, row_ids, window, row_weights).distinct) <= share * n_seen
+
+
+def _hidden_in_pages(
+    request: Request, n_slot: int, n_query: int, window: int | None
+) -> tuple[int, Tensor]:
+    """Which slots of its pages each query does not see, (N, Q, P) bool, from that page on.
+
+    It is the same for all layers of a step with this window. Pages are counted from the first one
+    that any new token sees; those before the page that is returned are seen by all.
+    """
+    kept = request.kept.get(("hidden", window))
+    if kept is None:
+        first_page = request.seen_from(window) // n_slot
+        end = request.n_token - first_page * n_slot
+        first_cut = (end - request.n_new) // n_slot if window is None else 0
+        slot = torch.arange(first_cut * n_slot, (len(request.pages) - first_page) * n_slot)
+        query = torch.arange(end - request.n_new, end).repeat_interleave(n_query // request.n_new)
+        distance_QS = query[:, None] - slot
+        hidden_QS = distance_QS < 0
+        if window is not None:
+            hidden_QS |= distance_QS > window
+        hidden_NQP = hidden_QS.unflatten(1, (-1, n_slot)).transpose(0, 1)
+        kept = request.kept["hidden", window] = first_cut, hidden_NQP.contiguous()
+    return kept
+
+
+def _by_kv_head(q: Tensor, n_kv_head: int) -> Tensor:
+    """(K, Q, D): the queries (n, H, D) of each key-value head."""
+    return q.unflatten(1, (n_kv_head, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _write(y_KQD: Tensor, out: Tensor) -> None:
+    """The opposite, into (n, H, D)."""
+    out.unflatten(1, (len(y_KQD), -1)).copy_(y_KQD.unflatten(1, (len(out), -1)).transpose(0, 1))
+
+
+def _in_fp32(table: Tensor, rows: Tensor, scratch: Scratch) -> Tensor:
+    """(U, K*D) fp32: these rows, in scratch memory."""
+    shape = len(rows), table.shape[1]
+    found = scratch.take("values", shape, table.dtype)
+    torch.index_select(table, 0, rows, out=found)
+    if table.dtype == torch.float32:
+        return found
+    return scratch.take("values", shape, torch.float32).copy_(found)
 
 
 def _scores_in_place(q_KQD: Tensor, pages: Tensor, request: Request, first_page: int) -> Tensor:
-    """(number of pages, K, Q, P) fp32: products of queries and the keys of a request's pages.
+    """(N, K, Q, P) fp32: products of queries and the keys of a request's pages.
 
     A page's scores are the sum of its channels' rows, each times the query's channel: a bag, which
     is read at the memory's speed, summed in fp32 and rounded to the pages' dtype. A product of so
@@ -157,22 +355,20 @@ def _scores_in_place(q_KQD: Tensor, pages: Tensor, request: Request, first_page:
     """
     n_kv_head, n_query, head_dim = q_KQD.shape
     n_slot, numbers = pages.shape[3], request.pages[first_page:]
-    channel = request.kept.get((first_page, n_query))
+    channel = request.kept.get(("channels", first_page))
     if channel is None:
         row = numbers[:, None] * n_kv_head + torch.arange(n_kv_head)
         channel = row[:, :, None, None] * head_dim + torch.arange(head_dim)
         channel = channel.expand(-1, -1, n_query, -1).reshape(-1, head_dim).int()
-        request.kept[first_page, n_query] = channel
+        request.kept["channels", first_page] = channel
     weight = q_KQD.to(pages.dtype).expand(len(numbers), -1, -1, -1).reshape(-1, head_dim)
     channels = pages.view(-1, n_slot)
     bags = F.embedding_bag(channel, channels, per_sample_weights=weight, mode="sum")
     return bags.float().view(len(numbers), n_kv_head, n_query, n_slot)
 
 
-def band_hides(n_new: int, n_seen: int, window: int | None) -> Tensor | None:
+def band_hides(n_new: int, n_seen: int, window: int | None) -> Tensor:
     """(n_new, n_seen) bool: what the last tokens of a text do not see of its last ones."""
-    if n_new == 1 and (window is None or n_seen <= window + 1):
-        return None
     distance = torch.arange(n_seen - n_new, n_seen)[:, None] - torch.arange(n_seen)
     hidden = distance < 0
     return hidden if window is None else hidden | (distance > window)

@@ -14,24 +14,25 @@ from bov_vllm import pages
 KINDS = ["stored", *(["keys"] if find_spec("bov_vllm.key_only") else [])]
 """What pages of bank layers hold."""
 
-IN_CI = {("bov", "L"), ("bov", "SSSL"), ("value_embedding_gated", "L"), ("low_rank_bank", "SSSL"),
-         ("ngram_bank_frequent", "L")}  # fmt: skip
-ALSO_IN_CI = {("bov", "L"), ("bov", "SSSL"), ("first_layer_every", "SSSL"), ("key", "SSSL")}
-"""Cases of which each goes another way through the code."""
+IN_CI = {("bov", "L", "stored"), ("bov", "SSSL", "keys"), ("low_rank_bank", "SSSL", "stored"),
+         ("ngram_bank_frequent", "L", "keys")}  # fmt: skip
+DRAFTS_IN_CI = {("first_layer_every", "SSSL", "stored"), ("key", "SSSL", "stored"),
+                ("value_embedding_gated", "L", "stored")}  # fmt: skip
+COMPILED_IN_CI = {("bov", "SSSL", "keys")}
+"""Cases of which each goes another way through the code, once each way."""
 
 
-def cases(in_ci: set[tuple[str, str]]) -> list:
+def cases(in_ci: set[tuple[str, str, str]]) -> list:
     """(overlay, pattern, kind); key-only pages where there is a bank for them."""
     found = []
     for overlay in (*PATHS, *MORE):
         for pattern in ("L", "SSSL"):
             network = make_model(overlay, pattern)
             has_bank = any(block.attention.value.bank is not None for block in network.blocks)
-            marks = [] if (overlay, pattern) in in_ci else [pytest.mark.slow]
-            found += [
-                pytest.param(overlay, pattern, kind, marks=marks)
-                for kind in KINDS if kind == "stored" or has_bank
-            ]  # fmt: skip
+            for kind in KINDS if has_bank else ["stored"]:
+                case = overlay, pattern, kind
+                marks = [] if case in in_ci else [pytest.mark.slow]
+                found.append(pytest.param(*case, marks=marks))
     return found
 
 
@@ -54,20 +55,20 @@ def test_chunks_prefixes_and_preemptions(overlay, pattern, kind, tmp_path):
     assert counts["prefix_cache_hits"] > 0
 
 
-@pytest.mark.parametrize(("overlay", "pattern", "kind"), cases(ALSO_IN_CI))
-def test_one_step_and_drafts(overlay, pattern, kind, tmp_path):
+def one_step_and_drafts(overlay, pattern, kind, folder, n_new: int, **how) -> None:
     """All prompts in one step, so that some go on from a prefix that others compute in it; then
     n-gram drafts; then everything again, from the cache."""
-    model = make_model(overlay, pattern)
-    export = write_export(model, tmp_path / "export", bov_values=kind)
+    model = make_model(overlay, pattern, n_layer=4)
+    export = write_export(model, folder / "export", bov_values=kind)
     with engine(
-        export, max_num_batched_tokens=8192, enable_prefix_caching=True, speculative_config=NGRAM
-    ) as served:
-        outputs = served.answer(make_prompts(), n_new=70)
+        export, max_num_batched_tokens=8192, enable_prefix_caching=True, speculative_config=NGRAM,
+        **how,
+    ) as served:  # fmt: skip
+        outputs = served.answer(make_prompts(), n_new)
         assert worst_difference(model, outputs) < TOLERANCE
         if pattern == "L":
             assert sum(output.num_cached_tokens for output in outputs) >= 2 * (600 - BLOCK)
-        again = served.answer(make_prompts(), n_new=70)
+        again = served.answer(make_prompts(), n_new)
         assert worst_difference(model, again) < TOLERANCE
         assert sum(output.num_cached_tokens for output in again) > 1000
         counts = served.counts()
@@ -76,20 +77,18 @@ def test_one_step_and_drafts(overlay, pattern, kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("overlay", "pattern"),
-    [
-        pytest.param(name, "SSSL", marks=[] if name == "bov" else [pytest.mark.slow])
-        for name in (*PATHS, *MORE)
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("kind", KINDS)
-def test_compiled(overlay, pattern, kind, tmp_path):
-    """By torch.compile, in chunks."""
-    model = make_model(overlay, pattern)
-    export = write_export(model, tmp_path / "export", bov_values=kind)
-    with engine(export, max_num_batched_tokens=96, enforce_eager=False) as served:
-        for _ in range(2):
-            assert worst_difference(model, served.answer(make_prompts(), n_new=20)) < TOLERANCE
+    ("overlay", "pattern", "kind"),
+    [case for case in cases(DRAFTS_IN_CI) if case.values in DRAFTS_IN_CI],
+)
+def test_one_step_and_drafts(overlay, pattern, kind, tmp_path):
+    """Eagerly."""
+    one_step_and_drafts(overlay, pattern, kind, tmp_path, n_new=48)
+
+
+@pytest.mark.parametrize(("overlay", "pattern", "kind"), cases(COMPILED_IN_CI))
+def test_compiled_in_one_step_with_drafts(overlay, pattern, kind, tmp_path):
+    """By torch.compile; what is compared is what the tests above compare an eager engine with."""
+    one_step_and_drafts(overlay, pattern, kind, tmp_path, n_new=48, enforce_eager=False)
 
 
 def test_prompts_log_probabilities(tmp_path):

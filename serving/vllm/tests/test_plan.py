@@ -24,8 +24,8 @@ def bytes_of_ids(served) -> int:
 @pytest.mark.parametrize(
     ("overlay", "pattern", "n_layer"),
     [
-        ("bov", "L", 6),
         ("bov", "SSSL", 8),
+        pytest.param("bov", "L", 6, marks=pytest.mark.slow),
         pytest.param("ngram_bank_frequent", "L", 6, marks=pytest.mark.slow),
         pytest.param("standard", "SL", 5, marks=pytest.mark.slow),
     ],

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -25,51 +26,63 @@ from data_modules.tokenizer import TokenizerConfig, save_tokenizer, train_tokeni
 PROMPTS = ["import ", "def read(self, path):", "The value of a token", "x"]
 
 
-@pytest.fixture(scope="session")
-def run(tmp_path_factory) -> Path:
-    """A run directory with a checkpoint whose answers are printable, and its tokenizer."""
-    folder = tmp_path_factory.mktemp("runs") / "small"
+def write_run(folder: Path, overlay: str, module: str | None = None) -> Path:
+    """A run directory with a checkpoint whose answers are printable, and its tokenizer.
+
+    ``module``: what the module of its source, one of examples/, is called in its directory.
+    """
     pages = [
         path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "docs").glob("*.md"))
     ]
     tokenizer = train_tokenizer(pages, TokenizerConfig(vocab_size=400))
     save_tokenizer(tokenizer, folder / "tokenizer")
-    model = make_model("bov", "L", vocab_size=400)
+    model = make_model(overlay, "L", vocab_size=400)
     # Greedy answers then hold no halves of characters, which everybody shows in another way.
     for token, i in tokenizer.get_vocab().items():
         if not re.fullmatch(r"[!-~]+", tokenizer.decode([i]).strip() or token):
             model.head.weight.data[i] = 0
-    weights = model.state_dict()
+    config = config_yaml(model.config)
+    if module is not None:
+        (folder / "code").mkdir()
+        example = REPOSITORY / "examples" / f"{overlay}.py"
+        (folder / "code" / f"{module}.py").write_bytes(example.read_bytes())
+        assert f"source: {overlay}." in config
+        config = config.replace(f"source: {overlay}.", f"source: {module}.")
     write_checkpoint(
-        folder / "checkpoints" / "step-00000007", 7, weights, config_yaml(model.config),
+        folder / "checkpoints" / "step-00000007", 7, model.state_dict(), config,
         tokenizer=folder / "tokenizer",
     )  # fmt: skip
     return folder
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "small", "bov")
 
 
 def bov(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "bov_lightning.cli", *arguments]
 
 
-def environment() -> dict[str, str]:
+def environment(**more: str) -> dict[str, str]:
     """The server's engine has a process of its own."""
     given = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    return given | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONUNBUFFERED": "1"}
+    given |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONUNBUFFERED": "1"}
+    return given | more
 
 
-@pytest.fixture(scope="module")
-def server(run, tmp_path_factory) -> Iterator[str]:
+@contextmanager
+def served(run: Path, said: Path, env: dict[str, str]) -> Iterator[str]:
     """The address that `bov serve` prints; stopped as a user would stop it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    said = tmp_path_factory.mktemp("server") / "said.txt"
     line = bov(
         "serve", str(run), "--port", str(port), "--memory", "64MB", "--python", sys.executable,
         "--", "--max-num-seqs", "64", "--enforce-eager",
     )  # fmt: skip
     with said.open("w") as file:
-        process = subprocess.Popen(line, stdout=file, stderr=subprocess.STDOUT, env=environment())
+        process = subprocess.Popen(line, stdout=file, stderr=subprocess.STDOUT, env=env)
         try:
             deadline = time.monotonic() + 300
             while "curl " not in said.read_text():
@@ -77,28 +90,39 @@ def server(run, tmp_path_factory) -> Iterator[str]:
                 assert time.monotonic() < deadline, said.read_text()[-3000:]
                 time.sleep(0.5)
             text = said.read_text()
-            assert f"small answers at http://127.0.0.1:{port}/v1" in text
+            assert f"{run.name} answers at http://127.0.0.1:{port}/v1" in text
             yield f"http://127.0.0.1:{port}"
         finally:
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0, said.read_text()[-3000:]
 
 
+@pytest.fixture(scope="module")
+def server(run, tmp_path_factory) -> Iterator[str]:
+    said = tmp_path_factory.mktemp("server") / "said.txt"
+    with served(run, said, environment()) as address:
+        yield address
+
+
 def complete(address: str, prompt: str, **more) -> dict:
-    body = {"model": "small", "prompt": prompt, "max_tokens": 24, "temperature": 0} | more
+    body = {"prompt": prompt, "max_tokens": 24, "temperature": 0} | more
     answer = httpx.post(f"{address}/v1/completions", json=body, timeout=120)
     assert answer.status_code == 200, answer.text
     return answer.json()["choices"][0]
 
 
-@pytest.fixture(scope="module")
-def expected(run) -> list[str]:
+def generated(run: Path, env: dict[str, str]) -> list[str]:
     """What `bov generate` answers."""
     line = bov("generate", str(run), "--temperature", "0", "--max-new-tokens", "24", "--json")
     for prompt in PROMPTS:
         line += ["--prompt", prompt]
-    said = subprocess.run(line, capture_output=True, text=True, check=True, env=environment())
+    said = subprocess.run(line, capture_output=True, text=True, check=True, env=env)
     return [json.loads(row)["text"] for row in said.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def expected(run) -> list[str]:
+    return generated(run, environment())
 
 
 def test_answers_are_those_of_generate(server, expected):
@@ -175,3 +199,26 @@ def test_several_prompts_and_several_answers(server, expected):
     body |= {"n": 3, "temperature": 1, "seed": 5}
     answer = httpx.post(f"{server}/v1/completions", json=body, timeout=120).json()
     assert len({choice["text"] for choice in answer["choices"]}) == 3 * len(PROMPTS)
+
+
+@pytest.mark.slow
+def test_a_source_of_ones_own_is_served_to_who_trusts_it(tmp_path):
+    """Its module lies in the run's directory and nowhere else; its bank's pages hold keys alone."""
+    run = write_run(tmp_path / "own", "bigram_bank", "my_bank")
+    known = os.pathsep.join((str(run / "code"), environment()["PYTHONPATH"]))
+    for env, words in {
+        "nobody": (environment(PYTHONPATH=known), "set BOV_TRUSTED_MODULES=my_bank"),
+        "not there": (environment(BOV_TRUSTED_MODULES="my_bank"), "no module my_bank"),
+    }.values():
+        refused = subprocess.run(
+            bov("serve", str(run), "--python", sys.executable), capture_output=True, text=True,
+            env=env,
+        )  # fmt: skip
+        assert refused.returncode == 2
+        (line,) = refused.stderr.splitlines()
+        assert line.startswith("bov: error: ")
+        assert words in line
+    env = environment(PYTHONPATH=known, BOV_TRUSTED_MODULES="my_bank")
+    with served(run, tmp_path / "said.txt", env) as address:
+        answers = [complete(address, prompt)["text"] for prompt in PROMPTS]
+    assert answers == generated(run, env)
