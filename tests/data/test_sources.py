@@ -125,6 +125,7 @@ def test_mixtures_keep_their_proportions_and_resume(synthetic, files):
     assert finite.counts.documents == 152
 
 
+@pytest.mark.slow
 def test_a_hub_dataset_reads_like_its_files(synthetic, tmp_path, monkeypatch):
     """A local folder in the hub's layout, through the same streaming code."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -129,7 +129,14 @@ def test_the_kernel_takes_half_precision(device):
     assert (found - exact).norm() < 6e-3 * exact.norm()
 
 
-@pytest.mark.parametrize(("window", "weights"), [(None, None), (70, None), (None, (1.0, -0.5))])
+@pytest.mark.parametrize(
+    ("window", "weights"),
+    [
+        (None, None),
+        pytest.param(70, None, marks=pytest.mark.slow),
+        pytest.param(None, (1.0, -0.5), marks=pytest.mark.slow),
+    ],
+)
 def test_the_kernel_reads_pages(monkeypatch, device, window, weights):
     """Several requests, a padded row, pages in any order; the page table is wider than needed."""
     monkeypatch.setattr(kernels, "PROGRAMS", 60)

@@ -22,6 +22,7 @@ ESTIMATES = st.tuples(*[st.floats(0.8, 1.4)] * 3).map(
 CONTROLS = ("standard", "wide")
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     multipliers=st.dictionaries(

@@ -41,6 +41,7 @@ def test_blocks_in_fp8_train_the_same_parameters(name):
     assert all((p != before[n]).any() for n, p in models[1].named_parameters())
 
 
+@pytest.mark.slow
 def test_a_device_without_fp8_is_refused(tiny_recipe, capsys):
     with pytest.raises(UserError, match="fp8 true needs a GPU"):
         check_fp8_device(torch.device("cpu"))
