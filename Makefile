@@ -19,7 +19,7 @@ help:
 	@echo "make test-fast    run the fast tests, in a minute"
 	@echo "make test-bounds  run those at the lowest and at the newest versions of what it needs"
 	@echo "make install-serving   install vLLM and the plugin for it into .venv-serving (4 GB)"
-	@echo "make test-serving      run the plugin's tests there (half an hour)"
+	@echo "make test-serving      run the plugin's tests there (an hour)"
 	@echo "make soak         kill one run at 30 random moments, and compare it with an undisturbed one"
 	@echo "make bench        run all benchmarks and compare with those before (under 10 minutes)"
 	@echo "make gpu-check    check the kernels and sharding on this machine's GPU"
