@@ -47,7 +47,7 @@ def train(model, n_micro: int = 1) -> None:
     assert {t.device for t in tensors} == {CUDA}
 
 
-@pytest.mark.parametrize("name", mostly_slow(WAYS, FAST, outside=False))
+@pytest.mark.parametrize("name", mostly_slow(OVERLAYS, FAST, outside=False))
 def test_a_step_of_training_waits_for_the_gpu_once(monkeypatch, name):
     """The optimizer reads the gradients' norm; nothing else does, and nothing lies on the CPU."""
     first = name in FAST
