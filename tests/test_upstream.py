@@ -23,7 +23,9 @@ PARTS = [
     "lightning.pytorch.strategies:ModelParallelStrategy._data_parallel_size",
     "lightning.pytorch.strategies:ModelParallelStrategy._device_mesh",
     "lightning.pytorch.plugins.environments:SLURMEnvironment.validate_settings",
-    # torch: model/matmul.py, optim/muon_adamw.py, checkpoint/writing.py, planning/memory.py
+    # torch: model/matmul.py, optim/muon_adamw.py, checkpoint/writing.py, planning/memory.py,
+    # training/module.py
+    "torch.nn.parallel:DistributedDataParallel._set_params_and_buffers_to_ignore_for_model",
     "torch:ops.mkldnn._linear_pointwise",
     "torch:_foreach_mul_",
     "torch.distributed.checkpoint.staging:BlockingAsyncStager.stage",
