@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from bov_lightning.distributed.host_tables import TablesOnHost
 from bov_lightning.distributed.sharding import is_sharded, local_part
+from bov_lightning.optim.adamw import step_adamw
 from bov_lightning.optim.row_adamw import UPDATES, RowAdamW
 
 if TYPE_CHECKING:
@@ -168,24 +168,15 @@ class MuonAdamW(torch.optim.Optimizer):
         return math.sqrt(square.item() + on_host)
 
     def _adamw(self, parameters: list[Tensor], group: dict) -> None:
-        beta1, beta2 = group["betas"]
         states = [self.state[p] for p in parameters]
         # One pass over memory; tables are large, and their step is nothing else.
-        adamw(
+        step_adamw(
             [local_part(p) for p in parameters],
             [local_part(p.grad) for p in parameters],
             [local_part(state["exp_avg"]) for state in states],
             [local_part(state["exp_avg_sq"]) for state in states],
-            max_exp_avg_sqs=[],
-            state_steps=[state["step"] for state in states],
-            fused=True,
-            amsgrad=False,
-            maximize=False,
-            lr=group["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
+            [state["step"] for state in states],
+            group,
         )
 
     def _muon(self, matrices: list[Tensor], group: dict) -> None:

@@ -24,10 +24,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from bov_lightning.distributed.host_tables import TablesOnHost, TrainedTable
 from bov_lightning.distributed.sharding import local_part
+from bov_lightning.optim.adamw import step_adamw
 
 ROWS_AT_ONCE = 2**15
 """So many are gathered, updated and put back at a time."""
@@ -86,9 +86,8 @@ def _update(
     """One step of the rows ``ids`` of this rank's part."""
     whole = [local_part(x) for x in (table.parameter, state["exp_avg"], state["exp_avg_sq"])]
     updates = local_part(state[UPDATES])
-    beta1, beta2 = group["betas"]
     # Beyond so many updates both corrections are 1 in double precision: one kind of rows fewer.
-    most = math.ceil(-54 * math.log(2) / math.log(max(beta1, beta2)))
+    most = math.ceil(-54 * math.log(2) / math.log(max(group["betas"])))
     by_count = updates[ids].argsort(stable=True)
     for places in by_count.split(ROWS_AT_ONCE):
         own = ids[places]
@@ -98,19 +97,7 @@ def _update(
             list(x.split(sizes.tolist()))
             for x in (rows, gradient.index_select(0, places), exp_avg, exp_avg_sq)
         ]
-        adamw(
-            *parts,
-            max_exp_avg_sqs=[],
-            state_steps=list(counts.unbind()),
-            fused=True,
-            amsgrad=False,
-            maximize=False,
-            lr=group["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-        )
+        step_adamw(*parts, list(counts.unbind()), group)
         for x, new in zip(whole, found, strict=True):
             x.index_copy_(0, own, new)
         updates[own] += 1

@@ -196,7 +196,7 @@ def test_corrections_that_are_one_in_double_precision_are_one_kind_of_rows(monke
     """Rows of long runs, all updated another number of times, go to the kernel together."""
     found = []
     table, optimizer = one_table()
-    monkeypatch.setattr(row_adamw, "adamw", lambda rows, *_, **__: found.append(len(rows)))
+    monkeypatch.setattr(row_adamw, "step_adamw", lambda rows, *_: found.append(len(rows)))
     optimizer.create_state()
     counts = optimizer.state[table.parameter]["row_updates"]
     counts.copy_(torch.tensor([3.0, 3, 5, 8000, 9000, 10_000, 11_000]))
