@@ -1,12 +1,16 @@
-"""`bov` commands in processes of their own that need not import torch first.
+"""`bov` commands, and functions of tests, in processes of their own that need not import torch.
 
-A server, one for each process of pytest, imports what others wrote (torch, Lightning, lm-eval) and
-then only forks: every command is a real process with its own process group, signal handlers, files
-and exit code, which imports this package anew and runs it as ``python -m bov_lightning.cli`` would.
-Only what other packages read from the environment when they are imported is the server's.
+A server, one for each process of pytest, imports what takes long (torch, Lightning, lm-eval, and
+this package without its command line) and then only forks: every command is a real process with
+its own process group, signal handlers, files and exit code, which runs as ``python -m
+bov_lightning.cli`` would. Only what packages read from the environment when they are imported is
+the server's. A command that ends by `sys.exit` has its threads awaited, its exit functions called
+and its output written, as any interpreter does; that the memory of a fork is given back piece by
+piece (a third of a second) is left to the system.
 """
 
 import array
+import atexit
 import contextlib
 import gc
 import importlib
@@ -19,28 +23,36 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 PRELOADED = (
     "torch", "torch.distributed.checkpoint", "torch.distributed.elastic.multiprocessing",
-    "torch.distributed.fsdp", "torch.distributed.tensor", "torch.nn.attention.flex_attention",
+    "torch.distributed.fsdp", "torch.distributed.tensor.debug", "torch.nn.attention.flex_attention",
     "torch.utils.tensorboard", "lightning.pytorch.cli", "lm_eval.evaluator",
     "lm_eval.models.huggingface", "lm_eval.tasks", "transformers.generation.utils", "tokenizers",
     "datasets", "pyarrow.parquet", "safetensors.torch", "rich.live", "rich.progress",
-    "rich.status", "concurrent.futures.process", "multiprocessing.heap",
+    "rich.status", "pytest", "concurrent.futures.process", "multiprocessing.heap",
     "multiprocessing.popen_fork", "multiprocessing.popen_spawn_posix",
     "multiprocessing.synchronize", "attr",
+    "bov_lightning.inference.generate", "bov_lightning.interop.hf_export",
+    "bov_lightning.launch.ladder_sweep", "bov_lightning.launch.ladder_worker",
+    "bov_lightning.launch.sweep", "bov_lightning.planning.plan", "bov_lightning.report",
+    "bov_lightning.training.fit", "bov_lightning.value_probe.command", "data_modules.packed",
+    "data_modules.streaming", "evaluation.callback", "evaluation.command",
 )  # fmt: skip
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 PROGRAMS = ("bov_lightning.cli", "bov_lightning.cli.__main__")
 
 
-class Bov:
-    """A `bov` command that runs; used as `subprocess.Popen` is.
+class Fork:
+    """A process that runs; used as `subprocess.Popen` is.
 
     Args:
-        arguments: what follows `bov`.
+        args: what it runs, for messages.
+        request: what the server is told of that.
         cwd: its directory; the current one if not given.
         env: its environment; the current one if not given.
         stdin: a file or descriptor; empty if not given.
@@ -48,16 +60,14 @@ class Bov:
         stderr: likewise, with `err`; `subprocess.STDOUT` means stdout's.
         pass_fds: descriptors that it keeps open, under whatever number.
         start_new_session: if not, it belongs to the process group of who starts it.
-        fork_children: `bov` commands that it starts itself (ranks, runs of a sweep) are forked as
-            well, from what it was before it did anything.
     """
 
     def __init__(
-        self, *arguments: Any, cwd: Path | None = None, env: dict[str, str] | None = None,
-        stdin=None, stdout=None, stderr=None, pass_fds: tuple[int, ...] = (),
-        start_new_session: bool = True, fork_children: bool = False,
+        self, args: Any, request: dict[str, Any], *, cwd: Path | None = None,
+        env: dict[str, str] | None = None, stdin=None, stdout=None, stderr=None,
+        pass_fds: tuple[int, ...] = (), start_new_session: bool = True,
     ):  # fmt: skip
-        self.args = ["bov", *map(str, arguments)]
+        self.args = args
         self.returncode: int | None = None
         self._is_leader = start_new_session
         self._kept = [
@@ -66,16 +76,19 @@ class Bov:
         ]
         stdout = self._kept[0] or stdout
         stderr = self._kept[1] or (stdout if stderr == subprocess.STDOUT else stderr)
-        request = {
-            "arguments": self.args[1:], "cwd": str(cwd or Path.cwd()),
+        request |= {
+            "cwd": str(cwd or Path.cwd()), "start_new_session": start_new_session,
             "environment": dict(os.environ if env is None else env),
-            "start_new_session": start_new_session, "fork_children": fork_children,
         }  # fmt: skip
         self._status, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, open(os.devnull, "rb") as empty:
             files = (theirs, empty if stdin is None else stdin, stdout, stderr, *pass_fds)
             _ask(request, [file if isinstance(file, int) else file.fileno() for file in files])
         self.pid = int(self._status.recv(32))
+
+    def fileno(self) -> int:
+        """Of what becomes readable when it ends; not after `poll` has told."""
+        return self._status.fileno()
 
     def poll(self) -> int | None:
         """The exit code, or None while it runs."""
@@ -126,7 +139,7 @@ class Bov:
         # The position in the file is the process's.
         return os.pread(file, os.fstat(file).st_size, 0).decode(errors="replace")
 
-    def __enter__(self) -> "Bov":
+    def __enter__(self):
         return self
 
     def __exit__(self, *exception) -> None:
@@ -134,6 +147,29 @@ class Bov:
         self.wait()
         for file in filter(None, self._kept):
             file.close()
+
+
+class Bov(Fork):
+    """A `bov` command that runs.
+
+    Args:
+        arguments: what follows `bov`.
+        fork_children: `bov` commands that it starts itself (ranks, runs of a sweep) are forked as
+            well, from what it was before it did anything.
+        options: as in `Fork`.
+    """
+
+    def __init__(self, *arguments: Any, fork_children: bool = False, **options):
+        args = ["bov", *map(str, arguments)]
+        super().__init__(args, {"arguments": args[1:], "fork_children": fork_children}, **options)
+
+
+class Call(Fork):
+    """A function of a test's module that runs; it ends with 1, and a traceback, where it raises."""
+
+    def __init__(self, function: Callable, *arguments: Any, **options):
+        pickled = pickle.dumps((function, arguments))
+        super().__init__(function, {"call": pickled, "path": sys.path}, **options)
 
 
 def bov(*arguments: Any, check: bool = False, **options) -> subprocess.CompletedProcess:
@@ -178,8 +214,8 @@ class _Popen(subprocess.Popen):
         return Bov(*command[3:], fork_children=True, **given)
 
 
-def _serve(control: socket.socket) -> None:
-    """Answers requests until nobody can ask any more; returns in every command's process."""
+def _serve(control: socket.socket) -> dict[str, Any]:
+    """Answers requests until nobody can ask any more; returns one in the process that it is for."""
     global _server
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -205,7 +241,7 @@ def _serve(control: socket.socket) -> None:
     request = pickle.loads(message)
     if request["start_new_session"]:
         os.setsid()
-    if request["fork_children"]:
+    if request.get("fork_children"):
         _server, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         if os.fork() == 0:
             _server.close()
@@ -220,8 +256,6 @@ def _serve(control: socket.socket) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    sys.path[0] = request["cwd"]
-    sys.argv[1:] = request["arguments"]
     # What an interpreter decides when it starts.
     for number in (1, 2):
         old = (sys.stdout, sys.stderr)[number - 1]
@@ -236,7 +270,19 @@ def _serve(control: socket.socket) -> None:
     os.write(status, b"%d" % os.getpid())
     for file in files[:4]:
         os.close(file)
-    return None
+    return request
+
+
+def _run(request: dict[str, Any]) -> None:
+    """Does what is asked for, and ends as an interpreter does."""
+    if "call" in request:
+        sys.path[:] = request["path"]
+        function, arguments = pickle.loads(request["call"])
+        function(*arguments)
+        sys.exit(0)
+    sys.path[0] = request["cwd"]
+    sys.argv[1:] = request["arguments"]
+    runpy.run_module("bov_lightning.cli", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":
@@ -244,5 +290,18 @@ if __name__ == "__main__":
         importlib.import_module(name)
     gc.collect()
     gc.freeze()
-    _serve(socket.socket(fileno=int(sys.argv[1])))
-    runpy.run_module("bov_lightning.cli", run_name="__main__", alter_sys=True)
+    request = _serve(socket.socket(fileno=int(sys.argv[1])))
+    try:
+        _run(request)
+    except SystemExit as end:
+        if not isinstance(end.code, int):  # words for stderr, or none
+            raise
+        code = end.code & 0xFF
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # nobody reads it any more
+                code = 120
+        os._exit(code)

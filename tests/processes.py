@@ -1,12 +1,10 @@
-"""Real processes of a gloo group, for tests.
+"""Real processes of a gloo group, for tests. Each is new, so that nothing of a test stays behind
+for the next."""
 
-They are forked out of a server that has imported everything, since importing takes seconds. Each
-is new, so that nothing of a test stays behind for the next.
-"""
-
+import contextlib
 import json
-import multiprocessing
 import os
+import select
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,20 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from forks import Bov
-
-multiprocessing.set_forkserver_preload([
-    "bov_lightning.training.fit", "evaluation.callback", "torch.distributed.fsdp",
-    "torch.distributed.tensor.debug", "pytest",
-])  # fmt: skip
+from forks import Bov, Call
 
 
-def _enter(
-    rank: int, world: int, folder: str, variables: dict[str, str], work: Callable, arguments: tuple
-) -> None:
-    os.environ.clear()
-    os.environ.update(variables)
+def _enter(rank: int, world: int, folder: str, work: Callable, arguments: tuple) -> None:
     torch.set_num_threads(1)
     # They meet in a file: a port that is free now may be another's by then.
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
@@ -41,11 +29,17 @@ def in_processes(world: int, work: Callable, *arguments: Any) -> list[Any]:
     """What ``work(rank, world, *arguments)`` returns in each of ``world`` processes, through JSON.
 
     Raises:
-        mp.ProcessException: one of them failed; with its traceback.
+        AssertionError: one of them failed; with its traceback.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        given = (world, folder, dict(os.environ), work, arguments)
-        mp.start_processes(_enter, given, nprocs=world, start_method="forkserver")
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        given = (world, folder, work, arguments)
+        ranks = [stack.enter_context(Call(_enter, rank, *given)) for rank in range(world)]
+        while None in (codes := [rank.poll() for rank in ranks]) and not any(codes):
+            waiting = [rank for rank, code in zip(ranks, codes, strict=True) if code is None]
+            select.select(waiting, [], [])
+        # The others only wait for one that has failed.
+        for rank, code in enumerate(codes):
+            assert not code, f"rank {rank} ended with {code}:\n{ranks[rank].err}"
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world)]
 
 

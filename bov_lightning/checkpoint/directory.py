@@ -32,6 +32,16 @@ TOKENIZER = "tokenizer"
 CODE = "code"
 
 
+def is_export(directory: Path) -> bool:
+    """Whether a directory is no checkpoint but a `transformers` export of one: see
+    `bov_lightning.interop.hf_export`."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == "bov"
+
+
 def step_name(step: int) -> str:
     """The directory name of the checkpoint at ``step``."""
     return f"step-{step:08d}"

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
-from bov_lightning.checkpoint.directory import TOKENIZER, find_checkpoint
+from bov_lightning.checkpoint.directory import TOKENIZER, find_checkpoint, is_export
 from bov_lightning.checkpoint.reading import load_checkpoint
 from bov_lightning.errors import UserError
-from bov_lightning.interop.hf_import import is_export, load_export
 from bov_lightning.kinds import home
 from bov_lightning.model.transformer import Transformer
 
@@ -39,7 +38,10 @@ def load(
         UserError: nothing there, not readable, or weights that do not fit the configuration.
     """
     path = Path(home(str(path)))
-    read = load_export if is_export(path) else load_checkpoint
+    read = load_checkpoint
+    if is_export(path):
+        # `transformers` and its models take seconds to import, and a run needs none of it.
+        from bov_lightning.interop.hf_import import load_export as read
     return read(path, device, dtype or torch.float32, bank_device)
 
 

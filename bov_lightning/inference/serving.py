@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from bov_lightning.checkpoint.directory import find_checkpoint, read_marker
+from bov_lightning.checkpoint.directory import find_checkpoint, is_export, read_marker
 from bov_lightning.checkpoint.reading import load_weights
 from bov_lightning.errors import UserError
 from bov_lightning.interop.hf_export import export
-from bov_lightning.interop.hf_import import is_export, read_export
+from bov_lightning.interop.hf_import import read_export
 from bov_lightning.kinds import home
 from bov_lightning.model.counting import meta_model
 from bov_lightning.upstream import VLLM

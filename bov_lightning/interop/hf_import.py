@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from bov_lightning.checkpoint.directory import is_export
 from bov_lightning.checkpoint.placement import place
 from bov_lightning.checkpoint.reading import load_weights
 from bov_lightning.checkpoint.writing import config_yaml, write_checkpoint
@@ -33,16 +34,6 @@ from data_modules.tokenizer import (
     without_template,
     write_tokenizer,
 )
-
-
-def is_export(directory: Path) -> bool:
-    """Whether a directory is a `transformers` export of ours: see `interop.hf_export`."""
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") == "bov"
-
 
 WEIGHTS = "model.safetensors"
 

@@ -96,7 +96,7 @@ def fit(given: Given) -> None:
         _warn_of_export(config)
     n_micro = accumulation(batch.tokens, batch.micro, config.sequence_len, trainer.world_size)
     last_step = module.n_step
-    if resume and (ended := _still_ended(run, cli.resolved_yaml())):
+    if resume and (ended := _still_ended(run, cli.resolved_yaml)):
         last_step = ended.step
         if trainer.is_global_zero:
             say(f"{run} was ended at step {ended.step} of {module.n_step} by {ended.by}, and stays "

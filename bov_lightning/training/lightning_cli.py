@@ -1,6 +1,7 @@
 """From a merged recipe to DataModule, module and Trainer, by LightningCLI."""
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -143,9 +144,10 @@ class RecipeCLI(LightningCLI):
             "enable_model_summary": False,
             "use_distributed_sampler": False,
         }
-        callbacks = [*callbacks, *self.make_callbacks(self.resolved_yaml())]
+        callbacks = [*callbacks, *self.make_callbacks(self.resolved_yaml)]
         return super()._instantiate_trainer(config, callbacks)
 
+    @functools.cached_property
     def resolved_yaml(self) -> str:
         """The whole recipe, with every default of its data section spelled out."""
         recipe = vars(self.given.recipe)

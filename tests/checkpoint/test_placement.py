@@ -1,11 +1,12 @@
 """Value tables in the host's memory or in the file: the same tokens, less memory."""
 
 import json
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
+from forks import Call
+from measure_memory import resident
 from variants import OVERLAYS, WAYS, make_model, mostly_slow, perturb, token_ids
 
 import bov_lightning
@@ -112,19 +113,13 @@ def test_tables_that_must_stay_are_not_left_elsewhere(source, where, tmp_path):
         bov_lightning.load(tmp_path / "checkpoint", bank_device=where)
 
 
-PROGRAM = """
-import json, sys
-import torch, bov_lightning
-from bov_lightning.inference.generate import Decoding, Sampling, table_bytes
-def resident():
-    lines = open("/proc/self/status").read().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
-model, _ = bov_lightning.load(sys.argv[1], bank_device=sys.argv[2] or None)
-decoding = Decoding(model, [list(range(1, 100))], Sampling(20, temperature=0))
-while any(decoding.running):
-    decoding.step()
-print(json.dumps([resident(), table_bytes(model), decoding.new]))
-"""
+def decode(checkpoint: Path, where: str | None, found: Path) -> None:
+    """Writes the resident bytes after decoding, those of the tables, and the tokens."""
+    model, _ = bov_lightning.load(checkpoint, bank_device=where)
+    decoding = Decoding(model, [list(range(1, 100))], Sampling(20, temperature=0))
+    while any(decoding.running):
+        decoding.step()
+    found.write_text(json.dumps([resident("VmRSS"), table_bytes(model), decoding.new]))
 
 
 @pytest.mark.slow
@@ -132,11 +127,13 @@ def test_resident_memory_is_lower_by_the_tables(tmp_path):
     """Processes of their own, whose tables of 64 MiB are most of what they hold."""
     checkpoint = write(tmp_path, "bov", d_model=128, n_kv_head=4, vocab_size=65536)
 
-    def measure(where: str) -> tuple[int, int, list]:
-        command = [sys.executable, "-c", PROGRAM, str(checkpoint), where]
-        return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    def measure(where: str | None) -> tuple[int, int, list]:
+        found = tmp_path / "found.json"
+        with Call(decode, checkpoint, where, found) as process:
+            assert process.wait() == 0, process.err
+        return json.loads(found.read_text())
 
-    (plain, tables, tokens), (mapped, _, same) = measure(""), measure("mmap")
+    (plain, tables, tokens), (mapped, _, same) = measure(None), measure("mmap")
     assert tokens == same
     assert tables == 2 * 65536 * 128 * 4
     assert plain - mapped > 0.9 * tables

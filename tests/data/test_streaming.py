@@ -5,12 +5,13 @@ import json
 import random
 
 import pytest
+from data.broken import BreaksAfter
 from data.conftest import make_corpus
 
 from bov_lightning.errors import UserError
 from data_modules.packing import PackingConfig
 from data_modules.reader import open_stripe
-from data_modules.sources import StandardLibrary, TextSource, Unit
+from data_modules.sources import StandardLibrary
 from data_modules.streaming import StreamingRows
 from data_modules.tokenizer import read_tokenizer
 
@@ -143,20 +144,6 @@ def test_lanes_that_do_not_divide_are_refused_with_advice(corpus):
     (rank,) = ranks_of(corpus, 1, 16)
     with pytest.raises(UserError, match="n_lane 8 of data, now 16"):
         StreamingRows(corpus, 16, 1, 5, 16, 0, 0, 1).load_state_dict(rank.state_dict())
-
-
-class BreaksAfter(TextSource):
-    """One unit whose tenth row is missing for good."""
-
-    def units(self, split, at_least):
-        return [Unit("broken.parquet")]
-
-    def rows(self, unit, start):
-        yield from ["a few words of text " * 9] * 9
-        raise PermissionError("no access")
-
-    def fingerprint(self):
-        return "broken"
 
 
 @pytest.mark.parametrize("n_worker", [0, pytest.param(1, marks=pytest.mark.slow)])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import Bov
 from optim.test_sharded import make
 from processes import BovOnRanks, bov_on_ranks, in_processes
 from runs import assert_same_end, fit, metrics
@@ -36,14 +37,6 @@ def fit_on(world: int, recipe: Path, name: str, *options: str) -> Path:
     """A run of several processes."""
     bov_on_ranks(world, "fit", "--config", str(recipe), *options, "--run.name", name)
     return Path("runs") / name
-
-
-def start_python(*command: str) -> subprocess.Popen:
-    """Python, started anew, with its errors in the file ``errors``."""
-    with open("errors", "w") as errors:
-        return subprocess.Popen(
-            [sys.executable, *command], stdout=subprocess.DEVNULL, stderr=errors
-        )
 
 
 FIFTY = ("--model.budget.steps", "50", "--checkpoint.every_steps", "50", "--batch.micro", "4",
@@ -154,17 +147,15 @@ def test_two_ranks_continue_bit_for_bit(tiny_recipe):
 def test_two_ranks_stop_in_the_middle_of_a_validation(tiny_recipe):
     """Lightning starts them here. Most of the time goes into validations."""
     options = ("--trainer.log_every_n_steps", "1", "--batch.micro", "1")
-    options += ("--validation.every_steps", "1", "--validation.tokens", "2000")
-    options += ("--checkpoint.every_steps", "3", "--model.budget.steps", "4")
+    options += ("--validation.every_steps", "1", "--validation.tokens", "1000")
+    options += ("--checkpoint.every_steps", "2", "--model.budget.steps", "3")
     whole = fit_on(2, tiny_recipe, "whole", *options)
-    command = ["-m", "bov_lightning.cli", "fit", "--config", str(tiny_recipe), *options]
-    process = start_python(*command, "--trainer.devices", "2", "--run.name", "stopped")
-    try:
+    two = ("--trainer.devices", "2", "--run.name", "stopped")
+    command = ("fit", "--config", str(tiny_recipe), *options, *two)
+    with Bov(*command, fork_children=True) as process:
         wait_for(lambda: Path("runs/stopped/metrics.csv").exists(), process)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(120) == 143, Path("errors").read_text()
-    finally:
-        process.kill()
+        assert process.wait(120) == 143, process.err
     stopped = fit_on(2, tiny_recipe, "stopped", *options)
     assert_same_end(whole, stopped)
     for step, row in metrics(whole).items():
@@ -187,7 +178,7 @@ def test_a_rank_that_hangs_is_named(tiny_recipe):
         assert run.wait(120) == [143, 143]
 
 
-def wait_for(condition, process: subprocess.Popen | BovOnRanks) -> None:
+def wait_for(condition, process: Bov | BovOnRanks) -> None:
     deadline = time.monotonic() + 180
     while not condition():
         assert process.poll() is None, "the run ended"
@@ -211,11 +202,13 @@ def test_compiled_blocks_train_sharded_as_they_do_alone(tiny_recipe):
 
 @pytest.mark.distributed
 def test_torchrun_starts_the_ranks(tiny_recipe):
+    """Interpreters of their own, as outside of tests."""
     plain = fit_on(2, tiny_recipe, "plain")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "bov_lightning.cli", "fit", "--config", str(tiny_recipe)]
-    process = start_python(*command, "--run.name", "torchrun")
-    assert process.wait() == 0, Path("errors").read_text()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "bov_lightning.cli", "fit"]
+    command += ["--config", str(tiny_recipe), "--run.name", "torchrun"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
     assert_same_end(plain, Path("runs/torchrun"))
 
 

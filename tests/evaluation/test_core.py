@@ -2,13 +2,14 @@
 
 import csv
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from forks import Call
 from processes import in_processes
 from torch.distributed.fsdp import fully_shard
 
@@ -103,19 +104,25 @@ def test_two_ranks_score_alike(sharded, shared, scores):
         assert_same(found, scores)
 
 
+def lm_eval(command: list[str]) -> None:
+    sys.argv = command
+    runpy.run_module("lm_eval", run_name="__main__")
+
+
 @pytest.mark.slow
 def test_stock_model_of_lm_eval_agrees_row_by_row(shared, tmp_path):
-    """The command line of lm-eval itself, with its own model; tasks of every kind."""
+    """The command of lm-eval itself, with its own model; tasks of every kind."""
     pytest.importorskip("accelerate", reason="lm-eval's own model needs it")
     tasks = [f"core_{name}" for name in ("copa", "lambada_openai", "winograd")]
-    subprocess.run(
-        [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args",
-         f"pretrained={shared / 'parity' / 'core'},dtype=float32", "--include_path", str(TASKS),
-         "--tasks", ",".join(tasks), "--device", "cpu", "--batch_size", "8", "--log_samples",
-         "--output_path", str(tmp_path), "--metadata", f"data_dir={shared / 'eval_bundle'}",
-         "max_per_task=60"],
-        check=True, capture_output=True,
-    )  # fmt: skip
+    command = [
+        "lm_eval", "run", "--model", "hf", "--model_args",
+        f"pretrained={shared / 'parity' / 'core'},dtype=float32", "--include_path", str(TASKS),
+        "--tasks", ",".join(tasks), "--device", "cpu", "--batch_size", "8", "--log_samples",
+        "--output_path", str(tmp_path), "--metadata", f"data_dir={shared / 'eval_bundle'}",
+        "max_per_task=60",
+    ]  # fmt: skip
+    with Call(lm_eval, command) as process:
+        assert process.wait() == 0, process.err
     for task in tasks:
         (path,) = tmp_path.rglob(f"samples_{task}_2*.jsonl")
         rows = sorted(map(json.loads, path.read_text().splitlines()), key=lambda r: r["doc_id"])

@@ -100,13 +100,10 @@ def test_two_watchers_one_killed_in_the_middle_of_a_task(tiny_run, tasks_folder)
 
 @pytest.mark.slow
 def test_sigterm_ends_a_watcher_and_gives_its_claim_up(tiny_run, tasks_folder):
-    """Of an interpreter that imports what it needs, as outside of tests."""
-    command = [sys.executable, "-m", "bov_lightning.cli", *watch_command(tiny_run, tasks_folder)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: list(tiny_run.glob("eval/claims/step-*")), process)
-    process.terminate()
-    _, err = process.communicate(timeout=60)
-    assert process.returncode in (143, 0), err  # 0: it had just finished
+    with Bov(*watch_command(tiny_run, tasks_folder)) as watcher:
+        wait_for(lambda: list(tiny_run.glob("eval/claims/step-*")), watcher)
+        watcher.terminate()
+        assert watcher.wait(60) in (143, 0), watcher.err  # 0: it had just finished
     assert not list(tiny_run.glob("eval/claims/step-*"))
     assert main(watch_command(tiny_run, tasks_folder)) == 0
     assert_every_step_once(tiny_run)

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from variants import OVERLAYS, make_model
 
+from bov_lightning.checkpoint.directory import is_export
 from bov_lightning.checkpoint.writing import config_yaml, write_checkpoint
 from bov_lightning.cli import main
 from bov_lightning.inference.serving import ServeConfig, command, ready_export
-from bov_lightning.interop.hf_import import is_export
 from data_modules.tokenizer import TokenizerConfig, save_tokenizer, train_tokenizer
 
 

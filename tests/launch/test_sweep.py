@@ -127,9 +127,8 @@ def test_mistakes_are_named_before_anything_is_trained(tiny_recipe, capsys, opti
 
 @pytest.mark.slow
 def test_a_run_of_that_name_with_other_settings_is_refused(tiny_recipe, capsys):
-    """Its one run is trained by an interpreter of its own, as outside of tests."""
     arguments = ["sweep", "--config", str(tiny_recipe), "--values", "bov"]
-    assert main([*arguments, "--model.budget.steps", "2"]) == 0
+    bov(*arguments, "--model.budget.steps", "2", fork_children=True, check=True)
     assert (
         main([*arguments, "--model.budget.steps", "2", "--model.optimizer.matrix_lr", "0.5"]) == 2
     )
