@@ -1,12 +1,12 @@
 """`bov` commands, and functions of tests, in processes of their own that need not import torch.
 
-A server, one for each process of pytest, imports what takes long (torch, Lightning, lm-eval, and
-this package without its command line) and then only forks: every command is a real process with
-its own process group, signal handlers, files and exit code, which runs as ``python -m
-bov_lightning.cli`` would. Only what packages read from the environment when they are imported is
-the server's. A command that ends by `sys.exit` has its threads awaited, its exit functions called
-and its output written, as any interpreter does; that the memory of a fork is given back piece by
-piece (a third of a second) is left to the system.
+A server, one for each process of pytest, imports what others wrote (torch, Lightning, lm-eval) and
+then only forks: every command is a real process with its own process group, signal handlers, files
+and exit code, which imports this package anew and runs it as ``python -m bov_lightning.cli`` would.
+Only what other packages read from the environment when they are imported is the server's. A command
+that ends by `sys.exit` has its threads awaited, its exit functions called and its output written,
+as any interpreter does; that the memory of a fork is given back piece by piece (a third of a
+second) is left to the system.
 """
 
 import array
@@ -37,11 +37,6 @@ PRELOADED = (
     "rich.status", "pytest", "concurrent.futures.process", "multiprocessing.heap",
     "multiprocessing.popen_fork", "multiprocessing.popen_spawn_posix",
     "multiprocessing.synchronize", "attr",
-    "bov_lightning.inference.generate", "bov_lightning.interop.hf_export",
-    "bov_lightning.launch.ladder_sweep", "bov_lightning.launch.ladder_worker",
-    "bov_lightning.launch.sweep", "bov_lightning.planning.plan", "bov_lightning.report",
-    "bov_lightning.training.fit", "bov_lightning.value_probe.command", "data_modules.packed",
-    "data_modules.streaming", "evaluation.callback", "evaluation.command",
 )  # fmt: skip
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 PROGRAMS = ("bov_lightning.cli", "bov_lightning.cli.__main__")

@@ -80,7 +80,9 @@ def test_a_batch_gives_every_prompt_what_it_gets_alone(name):
         assert logits.argmax(-1).tolist() == new
 
 
-@pytest.mark.parametrize("how", [("--temperature", "0"), ("--seed", "5")])
+@pytest.mark.parametrize(
+    "how", [pytest.param(("--temperature", "0"), marks=pytest.mark.slow), ("--seed", "5")]
+)
 def test_steps_as_on_a_gpu_give_the_same_texts(run, monkeypatch, how):
     """Batches of two, two and one; the second uses the first one's step again."""
     prompts = ("import ", "def read(", "f", "return path", "from")

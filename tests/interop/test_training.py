@@ -205,7 +205,9 @@ def test_an_export_may_lie_in_any_folder(exported, tmp_path):
     assert result.stdout.split("\n")[-2] == "all of them"
 
 
-@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+@pytest.mark.parametrize(
+    "mask", [0o027, *(pytest.param(mask, marks=pytest.mark.slow) for mask in (0o022, 0o077))]
+)
 def test_files_have_the_permissions_that_the_umask_leaves(mask, tmp_path):
     model = make_model(OVERLAYS["bov"], n_layer=3)
     old = os.umask(mask)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model.test_cache import CHUNKS, decode
 from runs import assert_same_end, die_after, final_state, fit
-from variants import SMALL, make_model, perturb, token_ids
+from variants import SMALL, make_model, mostly_slow, perturb, token_ids
 
 import bov_lightning
 from bov_lightning.checkpoint.writing import config_yaml, write_checkpoint
@@ -162,7 +162,7 @@ def model_of(name: str, **shape):
     return model
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", mostly_slow(SETTINGS, {"trigrams", "frequent", "position"}))
 @torch.no_grad()
 def test_pieces_equal_the_whole(name):
     """In windows and beyond; as one document, and as several."""
