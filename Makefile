@@ -85,11 +85,11 @@ quickstart: install
 
 # Processes with one thread each, since the tests train tiny models, and one more than two cores: a
 # third of the time a test waits for what it has started. The drills on SLURM clusters wait most of
-# the time, five side by side. TESTS='not slurm' rehearses what is measured on a GPU, too.
+# the time, all side by side. TESTS='not slurm' rehearses what is measured on a GPU, too.
 TESTS ?= not slurm and not rehearsal
 test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal -m "$(TESTS)"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 5 --dist loadfile tests/slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 7 --dist loadfile tests/slurm
 
 test-fast: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal \

@@ -6,12 +6,13 @@ and exit code, which imports this package anew and runs it as ``python -m bov_li
 Only what other packages read from the environment when they are imported is the server's. A command
 that ends by `sys.exit` has its threads awaited, its exit functions called and its output written,
 as any interpreter does; that the memory of a fork is given back piece by piece (a third of a
-second) is left to the system.
+second) is left to the system. A second server, forked from the first, has imported this package
+too, for functions of tests.
 """
 
-import array
 import atexit
 import contextlib
+import functools
 import gc
 import importlib
 import os
@@ -38,6 +39,7 @@ PRELOADED = (
     "multiprocessing.popen_fork", "multiprocessing.popen_spawn_posix",
     "multiprocessing.synchronize", "attr",
 )  # fmt: skip
+OWN = ("bov_lightning.training.fit", "evaluation.callback")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 PROGRAMS = ("bov_lightning.cli", "bov_lightning.cli.__main__")
 
@@ -78,7 +80,9 @@ class Fork:
         self._status, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, open(os.devnull, "rb") as empty:
             files = (theirs, empty if stdin is None else stdin, stdout, stderr, *pass_fds)
-            _ask(request, [file if isinstance(file, int) else file.fileno() for file in files])
+            server = _functions() if "call" in request else _commands()
+            rights = [file if isinstance(file, int) else file.fileno() for file in files]
+            socket.send_fds(server, [pickle.dumps(request)], rights)
         self.pid = int(self._status.recv(32))
 
     def fileno(self) -> int:
@@ -175,22 +179,36 @@ def bov(*arguments: Any, check: bool = False, **options) -> subprocess.Completed
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+servers: set[int] = set()
+"""Process numbers of what serves all tests of this process."""
 _server: socket.socket | None = None
-_process: subprocess.Popen | None = None
 _environment = dict(os.environ)
+_processes: list[subprocess.Popen] = []
 
 
-def _ask(request: dict, files: list[int]) -> None:
-    global _server, _process
+def _commands() -> socket.socket:
+    """The server of commands."""
+    global _server
     if _server is None:
         _server, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            _process = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL, start_new_session=True, env=_environment,
             )  # fmt: skip
-    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))
-    _server.sendmsg([pickle.dumps(request)], [rights])
+        _processes.append(process)
+        servers.add(process.pid)
+    return _server
+
+
+@functools.cache
+def _functions() -> socket.socket:
+    """The server of functions."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        socket.send_fds(_commands(), [pickle.dumps({"import": OWN})], [theirs.fileno()])
+    servers.add(int(ours.recv(32)))
+    return ours
 
 
 class _Popen(subprocess.Popen):
@@ -224,6 +242,12 @@ def _serve(control: socket.socket) -> dict[str, Any]:
         for file in files:
             os.close(file)
     control.close()
+    request = pickle.loads(message)
+    if "import" in request:
+        _import(request["import"])
+        control = socket.socket(fileno=files[0])
+        control.send(b"%d" % os.getpid())
+        return _serve(control)
     # This process waits for the command's end, and tells.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if pid := os.fork():
@@ -233,7 +257,6 @@ def _serve(control: socket.socket) -> dict[str, Any]:
         with contextlib.suppress(BrokenPipeError):  # nobody wants to know any more
             os.write(files[0], b"%d" % code)
         os._exit(0)
-    request = pickle.loads(message)
     if request["start_new_session"]:
         os.setsid()
     if request.get("fork_children"):
@@ -268,6 +291,14 @@ def _serve(control: socket.socket) -> dict[str, Any]:
     return request
 
 
+def _import(names: tuple[str, ...]) -> None:
+    """Imports what all forks have then."""
+    for name in names:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+
+
 def _run(request: dict[str, Any]) -> None:
     """Does what is asked for, and ends as an interpreter does."""
     if "call" in request:
@@ -281,10 +312,7 @@ def _run(request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    for name in PRELOADED:
-        importlib.import_module(name)
-    gc.collect()
-    gc.freeze()
+    _import(PRELOADED)
     request = _serve(socket.socket(fileno=int(sys.argv[1])))
     try:
         _run(request)

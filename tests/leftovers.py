@@ -9,15 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from forks import servers
 
 PR_SET_CHILD_SUBREAPER = 36
 """From <sys/prctl.h>: processes whose parent has ended become children of this one."""
-
-SERVERS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker", "tests/forks.py")
-"""In the command lines of what serves all tests of a session."""
-
-_servers: dict[str, psutil.Process] = {}
-"""The first process of each: what it forks has the same command line."""
 
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -53,10 +48,10 @@ def children_of(process: int) -> list[int]:
 def is_server(process: psutil.Process) -> bool:
     """Whether it serves all tests; one that is gone does not."""
     with contextlib.suppress(psutil.Error):
-        command = " ".join(process.cmdline())
-        for name in SERVERS:
-            if name in command and process.ppid() == os.getpid():
-                return _servers.setdefault(name, process) == process
+        return process.pid in servers or (
+            "multiprocessing.resource_tracker" in " ".join(process.cmdline())
+            and process.ppid() == os.getpid()
+        )
     return False
 
 

@@ -1,6 +1,6 @@
 """A cluster for each file of drills, and a run to drill.
 
-Most of the time SLURM waits, so that the files run side by side (pytest -n 5 --dist loadfile).
+Most of the time SLURM waits, so that the files run side by side (pytest -n 7 --dist loadfile).
 """
 
 import os

@@ -265,7 +265,8 @@ def test_signals_save_the_last_step(tiny_recipe, numbers, code):
     assert process.returncode == code, error
     assert "Traceback" not in error
     last = max(metrics(RUN))
-    assert newest(RUN) == last
+    # A second Ctrl-C does not wait for a save, unless both came as one.
+    assert newest(RUN) in ((last, 0) if numbers == [signal.SIGINT] * 2 else (last,))
     assert "the same command continues runs/tiny" in error
     assert not list(RUN.glob(".training*"))
 
