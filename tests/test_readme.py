@@ -56,7 +56,7 @@ CUT = {
     "evaluate": ["--max-per-task", "20"],
     "generate": ["--max-new-tokens", "9"],
     "validate": ["--validation.tokens", "2048"],
-    "probe": ["--tokens", "3000", "--held-out", "1200", "--row-length", "64", "--own-rows", "64"],
+    "probe": ["--tokens", "2000", "--held-out", "800", "--row-length", "64", "--own-rows", "64"],
 }  # fmt: skip
 """What makes a command short: layers, steps, rows, tokens, and the tasks of CORE."""
 
