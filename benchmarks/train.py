@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,11 +79,16 @@ class Subject:
 
     def step(self, n_micro: int) -> None:
         """A whole optimizer step of ``n_micro`` micro-steps."""
-        for _ in range(n_micro):
-            self.loss().backward()
+        for i in range(n_micro):
+            with self.micro_step(i == n_micro - 1):
+                self.loss().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._wait()
+
+    def micro_step(self, is_last: bool) -> AbstractContextManager:
+        """What goes around a micro-step of `step`."""
+        return nullcontext()
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

@@ -5,6 +5,7 @@ before the model was made. A tiny model has been trained by then, so that all li
 """
 
 import ctypes
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -12,7 +13,13 @@ import torch
 from bov_lightning.distributed.host_tables import keep_tables_on_host
 from bov_lightning.distributed.layout import Layout, read_layout
 from bov_lightning.distributed.ranks import Ranks
-from bov_lightning.distributed.sharding import make_mesh, recompute_activations, shard, write_part
+from bov_lightning.distributed.sharding import (
+    gathered_once,
+    make_mesh,
+    recompute_activations,
+    shard,
+    write_part,
+)
 from bov_lightning.model.layers import Initialiser
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.optim.groups import build_groups
@@ -63,11 +70,13 @@ def train(recipe: Recipe, layout: Layout) -> None:
     for _ in range(N_STEP):
         for micro_step in range(n_micro):
             rows = torch.randint(config.vocab_size, (batch.micro, config.sequence_len + 1))
-            with torch.autocast("cpu", dtype, enabled=layout.half and not layout.sharded):
-                loss = network(rows[:, :-1], rows[:, 1:])
-            if micro_step == 0:
-                optimizer.zero_grad()
-            loss.backward()
+            is_last = micro_step == n_micro - 1
+            with nullcontext() if is_last else gathered_once(model, layout.world_size):
+                with torch.autocast("cpu", dtype, enabled=layout.half and not layout.sharded):
+                    loss = network(rows[:, :-1], rows[:, 1:])
+                if micro_step == 0:
+                    optimizer.zero_grad()
+                loss.backward()
         optimizer.step()
 
 

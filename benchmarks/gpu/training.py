@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from stage import Results, stage_parser
 from train import Llama, Subject
 
 from bov_lightning.distributed.layout import read_layout
-from bov_lightning.distributed.sharding import make_mesh, shard
+from bov_lightning.distributed.sharding import gathered_once, make_mesh, shard
 from bov_lightning.model.config import TransformerConfig
 from bov_lightning.model.counting import with_standard_values
 from bov_lightning.model.transformer import Transformer
@@ -104,6 +104,10 @@ class Fitted(Subject):
     def loss(self) -> torch.Tensor:
         """Without autocast: FSDP2 casts."""
         return self.compute_loss()
+
+    def micro_step(self, is_last: bool) -> AbstractContextManager:
+        """As Lightning asks `ShardedStrategy` for it."""
+        return nullcontext() if is_last else gathered_once(self.model, 1)
 
 
 class Eight(Subject):

@@ -4,7 +4,8 @@ Both strategies read and write checkpoints through `bov_lightning.checkpoint`, s
 change its strategy and the number of its devices.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Annotated, Any
 
@@ -20,13 +21,14 @@ from bov_lightning.distributed.layout import (
     param_dtype_of,
 )
 from bov_lightning.distributed.ranks import Ranks
-from bov_lightning.distributed.sharding import make_mesh, shard, write_part
+from bov_lightning.distributed.sharding import gathered_once, make_mesh, shard, write_part
 from bov_lightning.kinds import Range
 from bov_lightning.model.layers import Initialiser
 from bov_lightning.model.transformer import Transformer
 from bov_lightning.upstream import require
 
 require(Strategy, "restore_checkpoint_after_setup", "lightning_restore_optimizer")
+require(ModelParallelStrategy, "block_backward_sync")
 
 
 class ControlGroup:
@@ -123,6 +125,12 @@ class ShardedStrategy(ControlGroup, ModelParallelStrategy):
         self._data_parallel_size = self.world_size
         super().setup_environment()
         self._device_mesh = make_mesh(self.root_device.type, self.world_size, self.replicate)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Around all micro-steps of an optimizer step but the last."""
+        with gathered_once(self.model.model, self.world_size):
+            yield
 
     def build(self, model: Transformer, seed: int) -> Transformer:
         """Shards a model on the meta device, if `Layout.shards`, and then fills it.

@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bov_lightning.distributed.host_tables import banks_of
 from bov_lightning.distributed.layout import Layout
 from bov_lightning.distributed.sharding import (
+    gathered_once,
     local_part,
     make_mesh,
     recompute_activations,
@@ -52,7 +53,8 @@ from bov_lightning.recipe.sections import Recipe
 KINDS = ("parameters", "gradients", "optimizer", "tables", "activations", "buffers")
 """``tables``: value tables with their gradients and optimizer state, which the first three leave
 out. ``activations``: what the forward pass makes, also while it is recomputed. ``buffers``:
-gathered parameters, messages, and temporaries of the backward pass, the loss and the optimizer."""
+gathered parameters, messages, and temporaries of the backward pass, the loss and the optimizer; on
+one device in half precision also the gradients that micro-steps add up (`gathered_once`)."""
 PARTS = {
     "forward": "forward pass", "backward": "backward pass", "optimizer": "optimizer step",
 }  # fmt: skip
@@ -226,12 +228,22 @@ def _simulate(
         tracker.label(messages, "gradients")
         shape = (recipe.batch.micro, config.sequence_len + 1)
         rows = torch.zeros(shape, dtype=torch.int64, device=device)
-        with torch.autocast(device, dtype) if use_autocast else nullcontext():
-            mean_loss = model(rows[:, :-1], rows[:, 1:])
-        if n_micro == 1:
-            optimizer.zero_grad()  # after the forward pass, as Lightning does it
-        tracker.phase = "backward"
-        mean_loss.backward()
+
+        def micro_step(is_first: bool) -> None:
+            tracker.phase = "forward"
+            with torch.autocast(device, dtype) if use_autocast else nullcontext():
+                mean_loss = model(rows[:, :-1], rows[:, 1:])
+            if is_first:
+                optimizer.zero_grad()  # after the forward pass, as Lightning does it
+            tracker.phase = "backward"
+            mean_loss.backward()
+
+        if layout.shards and layout.world_size == 1 and n_micro > 1:
+            with gathered_once(model, 1):
+                micro_step(is_first=True)
+            micro_step(is_first=False)
+        else:
+            micro_step(is_first=n_micro == 1)
         tracker.phase = "optimizer"
         optimizer.step()
     return {**{kind: tracker.most[kind] for kind in KINDS}, **tracker.peak}

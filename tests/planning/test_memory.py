@@ -270,10 +270,15 @@ LARGE_TABLES = {
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize(("world", "tables_on"), [(1, "device"), (2, "device"), (2, "host")])
-def test_plan_is_what_training_takes(world, tables_on):
+@pytest.mark.parametrize(
+    ("world", "tables_on", "precision"),
+    [(1, "device", "32-true"), (1, "device", "bf16-mixed"), (2, "device", "32-true"),
+     (2, "host", "32-true")],
+)  # fmt: skip
+def test_plan_is_what_training_takes(world, tables_on, precision):
     """Within 15%; the tables are half of a rank's memory and more."""
-    settings = merge(SETTINGS, LARGE_TABLES | {"tables_on": tables_on})
+    changed = LARGE_TABLES | {"tables_on": tables_on, "trainer": {"precision": precision}}
+    settings = merge(SETTINGS, changed)
     recipe = build(Recipe, settings, "test")
     layout = read_layout(recipe.trainer, world)
     n_micro = accumulation(recipe.batch.tokens, recipe.batch.micro, 128, world)

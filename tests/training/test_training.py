@@ -1,5 +1,6 @@
 """`bov fit` end to end on a tiny recipe: run directory, resume, kill, validate, generate."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -28,6 +29,8 @@ from bov_lightning.checkpoint.directory import (
     complete_checkpoints,
 )
 from bov_lightning.cli import main
+from bov_lightning.distributed import strategy
+from bov_lightning.distributed.sharding import gathered_once, is_sharded
 from bov_lightning.run.directory import RunDirectory
 
 
@@ -286,6 +289,25 @@ def test_bf16_and_windows_on_the_device_train_as_fp32_does(tiny_recipe, device):
     expected = float(metrics(plain)[8]["val_bpb"])
     for path in (run, again):
         assert float(metrics(path)[8]["val_bpb"]) == pytest.approx(expected, abs=0.05)
+
+
+@pytest.mark.slow
+def test_on_one_device_micro_steps_gather_once_and_change_nothing(tiny_recipe, monkeypatch):
+    """Against FSDP2's own way, which gathers and reduces in each of the four micro-steps."""
+    gathered = []
+
+    @contextlib.contextmanager
+    def watched(model, world_size):
+        with gathered_once(model, world_size):
+            yield
+        gathered.append(not any(map(is_sharded, model.parameters())))
+
+    options = ("--trainer.precision", "bf16-mixed", "--batch.micro", "2")
+    monkeypatch.setattr(strategy, "gathered_once", watched)
+    once = fit(tiny_recipe, *options, "--run.name", "once")
+    assert gathered == [True] * 3 * 8
+    monkeypatch.setattr(strategy, "gathered_once", lambda *_: contextlib.nullcontext())
+    assert_same_end(once, fit(tiny_recipe, *options, "--run.name", "always"))
 
 
 @pytest.mark.slow
