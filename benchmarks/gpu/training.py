@@ -191,13 +191,13 @@ def peak_gib(size: Size) -> float:
 
 
 def pair(size: Size, compiled: bool = True) -> None:
-    """BoV and standard values, and where BoV's step spends its time."""
+    """BoV and standard values as `bov fit` trains them, and where BoV's step spends its time."""
     kind = "compiled" if compiled else "eager"
-    bov = size.make(Subject, size.config, compiled)
+    bov = size.make(Fitted, size.config, compiled)
     peak_gib(size)
     bov.step(2)
     peak = peak_gib(size)
-    standard = size.make(Subject, with_standard_values(size.config), compiled)
+    standard = size.make(Fitted, with_standard_values(size.config), compiled)
     names = f"bov_{kind}", f"standard_{kind}"
     size.keep(**{names[0]: {"peak_gib": peak}})
     subjects = dict(zip(names, (bov, standard), strict=True))
@@ -252,7 +252,7 @@ def fitted(size: Size) -> None:
 
 def reference(size: Size) -> None:
     """transformers' Llama of the same shape, with AdamW, compiled as a whole."""
-    bov, llama = (size.make(kind, size.config, True) for kind in (Subject, Llama))
+    bov, llama = (size.make(kind, size.config, True) for kind in (Fitted, Llama))
     config = size.config
     n_parameter = sum(p.numel() for p in llama.model.parameters())
     n_parameter -= llama.model.get_input_embeddings().weight.numel()

@@ -238,7 +238,13 @@ def _simulate(
             tracker.phase = "backward"
             mean_loss.backward()
 
-        if layout.shards and layout.world_size == 1 and n_micro > 1:
+        alone = layout.shards and layout.world_size == 1
+        if alone:  # as the first forward pass does it, one after the other
+            for module in model.modules():
+                if hasattr(module, "unshard"):
+                    module.unshard()
+            tracker.label(model.parameters(), "buffers")
+        if alone and n_micro > 1:
             with gathered_once(model, 1):
                 micro_step(is_first=True)
             micro_step(is_first=False)
