@@ -4,6 +4,7 @@ What is left on the CPU, waits for the GPU, or takes a way that is the CPU's, is
 """
 
 from contextlib import suppress
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -20,6 +21,9 @@ from bov_lightning.optim.groups import build_groups
 from bov_lightning.optim.muon_adamw import MuonAdamW
 
 FAST = {"bov"}
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None, reason="GPUs have Triton: pip install 'bov-lightning[triton]'"
+)
 
 
 def model_on_cuda(name: str, **shape):
@@ -82,6 +86,7 @@ def test_tables_on_the_host_wait_for_the_gpu_where_it_is_meant(monkeypatch):
         assert {gradient.device.type for gradient in gradients} == {"cpu"}
 
 
+@needs_triton
 @pytest.mark.parametrize("name", mostly_slow(WAYS, FAST, outside=False))
 def test_decoding_a_token_waits_for_nothing(name):
     """So that a CUDA graph can hold the step; the eager one does not wait either."""
@@ -100,6 +105,7 @@ def test_decoding_a_token_waits_for_nothing(name):
             assert watch.waits == []
 
 
+@needs_triton
 def test_a_past_that_grows_is_attended_to_without_plans_for_its_length(monkeypatch):
     """cuDNN's kernel plans each new length for 40 ms, which whole rows alone are worth."""
     planned, calls = [], []
