@@ -52,7 +52,8 @@ def main() -> None:
     parser.add_argument("--data", help="its prepared data; made in a temporary folder if not given")
     known = parser.parse_args()
     config = ["--config", known.recipe]
-    found: dict[str, list[float]] = {"import_torch": [], "help": [], "plan": [], "first_step": []}
+    names = ("import_torch", "help", "plan", "first_step", "first_token")
+    found: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         data = ["--data.init_args.directory", known.data or f"{folder}/data"]
         seconds_of([*BOV, "prepare", *config, *data])
@@ -63,10 +64,12 @@ def main() -> None:
             fit = [*BOV, "fit", *config, *data, "--trainer.log_every_n_steps", "1"]
             fit += ["--run.root", folder, "--run.name", f"run-{i}"]
             found["first_step"].append(seconds_of(fit, Path(folder, f"run-{i}", "metrics.csv")))
+            # It has saved that step.
+            generate = [*BOV, "generate", f"{folder}/run-{i}", "--prompt", "def"]
+            found["first_token"].append(seconds_of([*generate, "--max-new-tokens", "1"]))
     seconds = {name: statistics.median(values) for name, values in found.items()}
     ratios = {
-        f"{name}_vs_import_torch": seconds[name] / seconds["import_torch"]
-        for name in ("help", "plan", "first_step")
+        f"{name}_vs_import_torch": seconds[name] / seconds["import_torch"] for name in names[1:]
     }
     report("startup", {"recipe": known.recipe, "repeats": known.repeats}, seconds, ratios)
 

@@ -35,11 +35,12 @@ PRELOADED = (
     "torch.utils.tensorboard", "lightning.pytorch.cli", "lm_eval.evaluator",
     "lm_eval.models.huggingface", "lm_eval.tasks", "transformers.generation.utils", "tokenizers",
     "datasets", "pyarrow.parquet", "safetensors.torch", "rich.live", "rich.progress",
-    "rich.status", "pytest", "concurrent.futures.process", "multiprocessing.heap",
+    "rich.status", "concurrent.futures.process", "multiprocessing.heap",
     "multiprocessing.popen_fork", "multiprocessing.popen_spawn_posix",
     "multiprocessing.synchronize", "attr",
 )  # fmt: skip
-OWN = ("bov_lightning.training.fit", "evaluation.callback")
+OWN = ("pytest", "bov_lightning.training.fit", "evaluation.callback")
+"""What functions of tests find imported besides."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 PROGRAMS = ("bov_lightning.cli", "bov_lightning.cli.__main__")
 
@@ -183,7 +184,7 @@ servers: set[int] = set()
 """Process numbers of what serves all tests of this process."""
 _server: socket.socket | None = None
 _environment = dict(os.environ)
-_processes: list[subprocess.Popen] = []
+_processes: list[subprocess.Popen] = []  # kept, since nobody waits for their ends
 
 
 def _commands() -> socket.socket:

@@ -256,7 +256,7 @@ def imported_by(*arguments: str) -> set[str]:
 
 
 @pytest.mark.slow
-def test_commands_import_only_what_they_need():
+def test_commands_import_only_what_they_need(trained):
     heavy = {"torch", "lightning", "transformers", "datasets", "jsonargparse", "numpy", "yaml"}
     assert not imported_by("--help") & heavy
     assert not imported_by("fit", "--config", "nothing") & {"lightning", "transformers", "datasets"}
@@ -265,6 +265,9 @@ def test_commands_import_only_what_they_need():
     assert not plan & {"lightning", "transformers", "datasets", "tensorboard", "tokenizers"}
     # They take as long as all the rest.
     assert not plan & {"torch._dynamo", "torch._inductor", "torch.distributed.tensor"}
+    generate = imported_by("generate", str(trained), "--prompt", "def", "--max-new-tokens", "1")
+    assert "tokenizers" in generate
+    assert not generate & {"torch._dynamo", "transformers.modeling_utils", "lightning", "scipy"}
 
 
 def test_keys_lists_every_key_with_its_meaning(capsys):

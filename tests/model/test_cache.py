@@ -53,7 +53,7 @@ def test_pieces_compute_the_logits_of_the_authors_code(name, shared, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [(name, [*SHAPES][i % 5]) for i, name in enumerate(OVERLAYS)],
+    [(name, [*SHAPES][i % 5]) for i, name in enumerate(WAYS)],
 )
 @torch.no_grad()
 def test_greedy_decoding_token_by_token_equals_the_full_forward(name, shape):
@@ -71,7 +71,7 @@ def test_greedy_decoding_token_by_token_equals_the_full_forward(name, shape):
     assert torch.equal(ids[:, 110:], expected[:, 109:-1].argmax(-1))
 
 
-@pytest.mark.parametrize("name", mostly_slow(OVERLAYS, KINDS))
+@pytest.mark.parametrize("name", mostly_slow(WAYS, KINDS))
 @torch.no_grad()
 def test_rows_of_different_lengths_equal_each_alone(name):
     """Ragged pieces, empty ones among them, one row beyond its window long before another."""

@@ -169,7 +169,7 @@ def test_a_full_disk_costs_no_checkpoint_that_there_was(tiny_recipe, trained, wo
         subprocess.run(["umount", str(disk)], check=True)
 
 
-LONGER = ("--model.budget.steps", "60", "--checkpoint.every_steps", "7", "--validation.every_steps",
+LONGER = ("--model.budget.steps", "45", "--checkpoint.every_steps", "7", "--validation.every_steps",
           "5", "--batch.micro", "2", "--trainer.log_every_n_steps", "1")  # fmt: skip
 
 
@@ -189,7 +189,7 @@ def test_signals_lose_no_step_wherever_they_come(number, code, tiny_recipe, whol
     stopped, chance, n_stop = Path("runs/stopped"), random.Random(int(number)), 0
     # An interpreter that imports torch when the first signal comes; forks are further then.
     start = interpreter if number == signal.SIGUSR1 else Bov
-    while newest(stopped) < 60 and n_stop < 3:
+    while newest(stopped) < 45 and n_stop < 3:
         before, n_row = newest(stopped), len(rows_of(stopped))
         process = start(*command(tiny_recipe, "stopped", *LONGER))
         while n_stop and len(rows_of(stopped)) <= n_row and process.poll() is None:
@@ -208,7 +208,7 @@ def test_signals_lose_no_step_wherever_they_come(number, code, tiny_recipe, whol
         else:
             # Ended before, or not listening yet, with nothing to lose.
             assert process.returncode in (0, -number), error
-            assert newest(stopped) == (before if process.returncode else 60)
+            assert newest(stopped) == (before if process.returncode else 45)
     fit(tiny_recipe, *LONGER, "--run.name", "stopped")
     assert_same_end(whole, stopped)
     assert metrics(whole).keys() == metrics(stopped).keys()
