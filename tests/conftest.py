@@ -5,12 +5,14 @@ import gc
 import json
 import os
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import yaml
+from forks import workers
 from leftovers import no_process_left  # noqa: F401 (a fixture of every test)
 
 from bov_lightning.cli import main
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
     import torch
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+MAY_HAVE_A_GPU = any(path.exists() for path in map(Path, ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")))
+# Has Triton's kernels interpreted where nothing compiles them, whoever imports Triton first.
+if not MAY_HAVE_A_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
 # What is imported stays: to look through it again and again is a fifth of the fast suite's time.
 gc.disable()
 
@@ -36,21 +42,30 @@ SHARED = Path(os.environ.get("BOV_SHARED", REPOSITORY.parent / "shared"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Has Triton's kernels interpreted where no GPU compiles them, before Triton is imported.
-
-    Properties are not timed. The process that only hands tests to others (-n) waits
-    for no import.
-    """
+    """Properties are not timed. The process that only hands tests to others (-n) imports nothing."""
     if getattr(config.option, "numprocesses", None):
         return
-    import torch
     from hypothesis import HealthCheck, settings
 
     slow = [HealthCheck.too_slow]
     settings.register_profile("untimed", deadline=None, suppress_health_check=slow)
     settings.load_profile("untimed")
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"
+    if MAY_HAVE_A_GPU:
+        import torch
+
+        if not torch.cuda.is_available():
+            os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list) -> None:
+    """Has tests run in forks of a process that has imported torch; CUDA cannot be forked."""
+    if sys.platform == "linux" and not MAY_HAVE_A_GPU:
+        stack = contextlib.ExitStack()
+        config.add_cleanup(stack.close)
+        python = stack.enter_context(workers())
+        for spec in specs:
+            spec.python = python
 
 
 def require(condition: bool, name: str, reason: str) -> None:

@@ -8,6 +8,9 @@ that ends by `sys.exit` has its threads awaited, its exit functions called and i
 as any interpreter does; that the memory of a fork is given back piece by piece (a third of a
 second) is left to the system. A second server, forked from the first, has imported this package
 too, for functions of tests.
+
+Where several processes run the tests (pytest -n), they are forks of one such process themselves,
+each with a server that was forked from it before it ran any test (`WORKER`).
 """
 
 import atexit
@@ -18,6 +21,7 @@ import importlib
 import os
 import pickle
 import runpy
+import shlex
 import select
 import signal
 import socket
@@ -25,7 +29,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +48,8 @@ OWN = ("pytest", "bov_lightning.training.fit", "evaluation.callback")
 """What functions of tests find imported besides."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 PROGRAMS = ("bov_lightning.cli", "bov_lightning.cli.__main__")
+WORKER = "--worker"
+"""``python -S forks.py --worker SOCKET -u -c CODE`` runs that in a fork, as ``python -c CODE`` would."""
 
 
 class Fork:
@@ -180,6 +187,27 @@ def bov(*arguments: Any, check: bool = False, **options) -> subprocess.Completed
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+@contextlib.contextmanager
+def workers() -> Iterator[str]:
+    """A server of processes that run tests; what to call in place of Python to get one."""
+    with (
+        tempfile.TemporaryDirectory(prefix="forks-") as folder,
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener,
+    ):
+        address = os.path.join(folder, "socket")
+        listener.bind(address)
+        listener.listen(100)
+        process = subprocess.Popen(
+            [sys.executable, __file__, str(listener.fileno())], pass_fds=[listener.fileno()],
+            stdin=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        try:
+            yield shlex.join([sys.executable, "-S", __file__, WORKER, address])
+        finally:
+            process.kill()
+            process.wait()
+
+
 servers: set[int] = set()
 """Process numbers of what serves all tests of this process."""
 _server: socket.socket | None = None
@@ -234,6 +262,14 @@ def _serve(control: socket.socket) -> dict[str, Any]:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while control.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        # Whoever connects has a server to themselves.
+        connection, _ = control.accept()
+        if os.fork() == 0:
+            control.close()
+            control = connection
+        else:
+            connection.close()
     while True:
         message, files, _, _ = socket.recv_fds(control, 2**20, 100)
         if not message:
@@ -262,13 +298,13 @@ def _serve(control: socket.socket) -> dict[str, Any]:
         os.setsid()
     if request.get("fork_children"):
         _server, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        if os.fork() == 0:
+        if (pid := os.fork()) == 0:
             _server.close()
             for file in files:
                 os.close(file)
             return _serve(theirs)
         theirs.close()
-        subprocess.Popen = _Popen
+        servers.add(pid)
     status, *standard = files[:4]
     for target, file in enumerate(standard):
         os.dup2(file, target)
@@ -293,10 +329,11 @@ def _serve(control: socket.socket) -> dict[str, Any]:
 
 
 def _import(names: tuple[str, ...]) -> None:
-    """Imports what all forks have then."""
+    """Imports what all forks have then; nothing of it is garbage, which takes long to find out."""
+    gc.disable()
     for name in names:
         importlib.import_module(name)
-    gc.collect()
+    gc.enable()
     gc.freeze()
 
 
@@ -307,12 +344,28 @@ def _run(request: dict[str, Any]) -> None:
         function, arguments = pickle.loads(request["call"])
         function(*arguments)
         sys.exit(0)
+    if "code" in request:
+        # What imports this module finds it with its server.
+        sys.modules["forks"] = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        sys.path[0], sys.argv = "", ["-c"]
+        exec(request["code"], sys.modules["__main__"].__dict__)
+        sys.exit(0)
+    if request["fork_children"]:
+        subprocess.Popen = _Popen
     sys.path[0] = request["cwd"]
     sys.argv[1:] = request["arguments"]
     runpy.run_module("bov_lightning.cli", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == WORKER:
+        # Whoever started this ends it, once the worker has been told.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        _server.connect(sys.argv[2])
+        code = {"code": sys.argv[-1], "fork_children": True}
+        sys.exit(Fork(sys.argv, code, stdin=0, stdout=1, stderr=2).wait())
     _import(PRELOADED)
     request = _serve(socket.socket(fileno=int(sys.argv[1])))
     try:
