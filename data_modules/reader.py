@@ -55,9 +55,20 @@ class StripeReader:
         n_stripe: int = 1,
         on_error: OnError = "error",
         forever: bool = False,
+        units: list[Unit] | None = None,
     ):
+        """
+        Args:
+            source: of the documents.
+            split: of its splits.
+            index: of its stripes.
+            n_stripe: how many there are.
+            on_error: what to do about rows that cannot be read.
+            forever: starts again at its end.
+            units: of the split, where somebody has listed them.
+        """
         self.source, self.on_error, self.forever = source, on_error, forever
-        units = source.units(split, n_stripe)
+        units = source.units(split, n_stripe) if units is None else units
         if not units:
             raise UserError(f"data: the {split} split of the corpus is empty")
         self.stripe = stripe_of(units, index, n_stripe)

@@ -163,10 +163,13 @@ class TextFiles(TextSource):
         """
         self.patterns = {"train": train, "val": val}
         self.column = column
+        self._files: dict[Split, list[str]] = {}
 
     def files(self, split: Split) -> list[str]:
         """Every file once, sorted within the first pattern that names it; a pattern without one is
-        a `UserError`."""
+        a `UserError`. They are looked for once: every stripe asks."""
+        if split in self._files:
+            return self._files[split]
         found: dict[str, str] = {}
         for pattern in self.patterns[split]:
             names = find_files(pattern)
@@ -177,7 +180,8 @@ class TextFiles(TextSource):
                 found.setdefault(identity(name), name)
         if not found:
             raise UserError(f"data: source.{split} names no files")
-        return list(found.values())
+        self._files[split] = list(found.values())
+        return self._files[split]
 
     def origins(self, split):
         return {identity(name): name for name in self.files(split)}
@@ -196,14 +200,16 @@ class TextFiles(TextSource):
         return units
 
     def rows(self, unit, start):
-        kind = kind_of(unit.name)
+        kind, text = kind_of(unit.name), None
         with open_file(unit.name) as file:
             if kind == ".parquet":
                 yield from self._parquet_rows(file, unit, start)
             elif kind.startswith(".jsonl"):
                 yield from self._json_rows(decompressed(file, unit.name), start)
-            elif start == 0:
-                yield _whole(file.read())
+            else:
+                text = file.read() if start == 0 else None
+        if text is not None:
+            yield _whole(text)
 
     def _parquet_rows(self, file: Any, unit: Unit, start: int) -> Iterator[str | BadRow]:
         table = _parquet(file, unit.name)

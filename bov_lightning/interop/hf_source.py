@@ -1,6 +1,7 @@
 """The modelling file of an export, made of the package's own files."""
 
 import ast
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -192,9 +193,15 @@ def _own_source(source: type[ValueSource]) -> str:
 def modelling_source(source: type[ValueSource] = BankOfValues) -> str:
     """The network and its `transformers` classes as one module that imports only torch and
     transformers, made of this package's own files, and of that of ``source`` if it is another."""
+    return _assembled(tuple(_parts(source)))
+
+
+@functools.lru_cache(maxsize=4)
+def _assembled(parts: tuple[tuple[str, str], ...]) -> str:
+    """(name, code) of each file as one file; kept, since a training saves the same one often."""
     imports: set[str] = set()
     bodies = []
-    for name, code in _parts(source):
+    for name, code in parts:
         tree = ast.parse(code)
         for node in tree.body:
             if isinstance(node, ast.Import | ast.ImportFrom) and not _is_own(node):

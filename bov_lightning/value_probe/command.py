@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from bov_lightning.console import CONSOLE, say
@@ -17,22 +19,30 @@ from data_modules.reader import StripeReader
 from data_modules.sources import TextFiles
 
 
+N_OPEN = 200
+"""Files that are read by turns: systems let a process open some more than that."""
+
+
 def documents(patterns: list[str]) -> Iterator[str]:
     """The documents of text files, by turns from each file: none decides alone what text it is.
+
+    Where one of `N_OPEN` files ends, the next one takes its turn.
 
     Raises:
         UserError: no file, or one that cannot be read.
     """
     source = TextFiles(train=patterns, val=[])
-    n_file = len(source.units("train", 1))
-    readers = [iter(StripeReader(source, "train", i, n_file)) for i in range(n_file)]
-    while readers:
-        for reader in list(readers):
-            text = next(reader, None)
-            if text is None:
-                readers.remove(reader)
-            else:
-                yield text
+    readers = (
+        iter(StripeReader(source, "train", units=[unit])) for unit in source.units("train", 1)
+    )
+    turns = deque(islice(readers, N_OPEN))
+    while turns:
+        reader = turns.popleft()
+        if (text := next(reader, None)) is not None:
+            turns.append(reader)
+            yield text
+        else:
+            turns.extend(islice(readers, 1))
 
 
 class _Screen:

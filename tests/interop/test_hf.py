@@ -181,11 +181,10 @@ def test_exports_load_where_only_torch_and_transformers_are(exported, tmp_path):
     packages = tmp_path / "packages"
     packages.mkdir()
     for name in requirements_of("torch", "transformers"):
-        for file in metadata.distribution(name).files or []:
-            top = file.parts[0]
-            target = Path(metadata.distribution(name).locate_file(top)).resolve()
-            if top not in ("..", "__pycache__") and not (packages / top).exists():
-                (packages / top).symlink_to(target)
+        distribution = metadata.distribution(name)
+        for top in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
+            if not (packages / top).exists():
+                (packages / top).symlink_to(Path(distribution.locate_file(top)).resolve())
     assert not (packages / "lightning").exists()
     ids, out = tmp_path / "ids.pt", tmp_path / "out.pt"
     torch.save(token_ids(100), ids)

@@ -469,7 +469,7 @@ BAD_ROW = '{"text": 5}\n'
 
 
 @pytest.mark.slow
-def test_the_advice_about_a_bad_row_can_be_followed(tiny_settings, workplace, capsys):
+def test_the_advice_about_a_bad_row_can_be_followed(tiny_settings, trained, workplace, capsys):
     """A stream meets it after some steps; those stay, and the run goes on without the row."""
     source = json.loads(json.dumps(tiny_settings["data"]["init_args"]["source"]))
     (text,) = source["init_args"]["train"]
