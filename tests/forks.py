@@ -270,30 +270,39 @@ def _serve(control: socket.socket) -> dict[str, Any]:
             control = connection
         else:
             connection.close()
+    statuses: dict[int, int] = {}  # of each command: who wants to know of its end
+    ends, wake = socket.socketpair()
+    wake.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake.fileno())
     while True:
+        ready, _, _ = select.select([control, ends], [], [])
+        if ends in ready:
+            ends.recv(1000)
+            _tell(statuses)
+        if control not in ready:
+            continue
         message, files, _, _ = socket.recv_fds(control, 2**20, 100)
         if not message:
             os._exit(0)
-        if os.fork() == 0:
+        request = pickle.loads(message)
+        if (pid := os.fork()) == 0:
             break
+        if "import" not in request:
+            statuses[pid] = files.pop(0)
         for file in files:
             os.close(file)
-    control.close()
-    request = pickle.loads(message)
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for kept in (control, ends, wake):
+        kept.close()
+    for file in statuses.values():
+        os.close(file)
     if "import" in request:
         _import(request["import"])
         control = socket.socket(fileno=files[0])
         control.send(b"%d" % os.getpid())
         return _serve(control)
-    # This process waits for the command's end, and tells.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    if pid := os.fork():
-        for file in files[1:]:
-            os.close(file)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        with contextlib.suppress(BrokenPipeError):  # nobody wants to know any more
-            os.write(files[0], b"%d" % code)
-        os._exit(0)
     if request["start_new_session"]:
         os.setsid()
     if request.get("fork_children"):
@@ -326,6 +335,16 @@ def _serve(control: socket.socket) -> dict[str, Any]:
     for file in files[:4]:
         os.close(file)
     return request
+
+
+def _tell(statuses: dict[int, int]) -> None:
+    """Those who wait for processes that have ended."""
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            if (file := statuses.pop(ended[0], None)) is not None:
+                with contextlib.suppress(BrokenPipeError):  # nobody wants to know any more
+                    os.write(file, b"%d" % os.waitstatus_to_exitcode(ended[1]))
+                os.close(file)
 
 
 def _import(names: tuple[str, ...]) -> None:

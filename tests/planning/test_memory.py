@@ -263,7 +263,7 @@ def test_command_prints_the_plan_and_fails_when_it_does_not_fit(tiny_recipe, cap
 LARGE_TABLES = {
     "model": {
         "config": {
-            "n_layer": 3, "d_model": 256, "n_kv_head": 4, "vocab_size": 24576, "sequence_len": 128,
+            "n_layer": 3, "d_model": 256, "n_kv_head": 4, "vocab_size": 12288, "sequence_len": 128,
             "window_pattern": "L", "value": {"layers": "every"},
         },
     },
