@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-MAY_HAVE_A_GPU = any(path.exists() for path in map(Path, ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")))
+MAY_HAVE_A_GPU = any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")))
 # Has Triton's kernels interpreted where nothing compiles them, whoever imports Triton first.
 if not MAY_HAVE_A_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -42,7 +42,7 @@ SHARED = Path(os.environ.get("BOV_SHARED", REPOSITORY.parent / "shared"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Properties are not timed. The process that only hands tests to others (-n) imports nothing."""
+    """Properties are not timed. The process that only hands tests out (-n) imports nothing."""
     if getattr(config.option, "numprocesses", None):
         return
     from hypothesis import HealthCheck, settings

@@ -21,8 +21,8 @@ import importlib
 import os
 import pickle
 import runpy
-import shlex
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -49,7 +49,7 @@ OWN = ("pytest", "bov_lightning.training.fit", "evaluation.callback")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 PROGRAMS = ("bov_lightning.cli", "bov_lightning.cli.__main__")
 WORKER = "--worker"
-"""``python -S forks.py --worker SOCKET -u -c CODE`` runs that in a fork, as ``python -c CODE`` would."""
+"""``python -S forks.py --worker SOCKET -u -c CODE`` does in a fork what ``python -c CODE`` does."""
 
 
 class Fork:

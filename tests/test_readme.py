@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import os
 import re
 import shlex
 import shutil
@@ -123,11 +124,17 @@ def two_runs(tmp_path_factory) -> Path:
     return folder
 
 
+def copy_or_link(source: str, target: str) -> None:
+    """Tensors and rows, most of the megabytes, are replaced by commands but never changed."""
+    is_large = os.path.getsize(source) > 1_000_000
+    (os.link if is_large else shutil.copy2)(source, target)
+
+
 @pytest.fixture
 def home(two_runs, workplace, monkeypatch) -> Path:
     """The two runs, recipes, examples and the files of CORE."""
     for name in ("runs", "data"):
-        shutil.copytree(two_runs / name, workplace / name)
+        shutil.copytree(two_runs / name, workplace / name, copy_function=copy_or_link)
     for path in (REPOSITORY / "recipes", REPOSITORY / "examples", SHARED / "eval_bundle"):
         (workplace / path.name).symlink_to(path)
     (workplace / "library").symlink_to(sysconfig.get_paths()["stdlib"])

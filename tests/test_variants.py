@@ -14,7 +14,6 @@ from variants import (
     OUTSIDE,
     OVERLAYS,
     PATHS,
-    WAYS,
     make_model,
     mostly_slow,
     perturb,
@@ -30,6 +29,10 @@ from bov_lightning.planning.cost import make_plan
 from bov_lightning.recipe.sections import BudgetConfig
 
 FAST = {"bov", "value_embedding_gated", "context_plus_first_layer"}
+PARAMETERS = [
+    "standard", "bov", "bov_shared_table", "value_embedding_gated", "ngram_bank", *OUTSIDE,
+]  # fmt: skip
+"""Variants that together have every kind of parameters."""
 
 
 @pytest.mark.parametrize("name", mostly_slow(OVERLAYS, KINDS))
@@ -79,12 +82,8 @@ def test_planned_parameters_and_caches_are_the_real_ones(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    ["standard", "bov", "bov_shared_table", "value_embedding_gated", "ngram_bank", *OUTSIDE],
-)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_a_resumed_run_ends_as_an_undisturbed_one(name, tiny_recipe):
-    """Of every kind of parameters that a checkpoint holds."""
     overlay = ("--config", str(PATHS[name]))
     parts = fit(tiny_recipe, *overlay)
     whole = shutil.copytree(parts, "whole")
@@ -98,18 +97,22 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(name, tiny_recipe):
         assert torch.allclose(torch.cat(pieces, dim=1), model(ids), atol=1e-4)
 
 
+SHARDED = [*PARAMETERS, "bov_per_channel", "value_embedding_gated_row", "context_plus_first_layer"]
+"""Besides, coefficients that are rows, gates that read a row, values of another layer."""
+
+
 def train_all(rank: int, world: int, folder: Path) -> None:
-    for name in WAYS:
+    for name in SHARDED:
         config = TransformerConfig(**SIZES, value=ValueConfig(**OVERLAYS[name]))
         train_and_save(rank, world, config, 1, folder / name)
 
 
 @pytest.mark.distributed
-def test_two_ranks_train_variants_of_every_way_as_one_does(tmp_path):
+def test_two_ranks_train_all_kinds_of_parameters_as_one_does(tmp_path):
     """FSDP2 over gloo; starting the ranks takes longer than training, so they do them all."""
-    for name in WAYS:
+    for name in SHARDED:
         (tmp_path / name).mkdir()
     in_processes(2, train_all, tmp_path)
-    for name in WAYS:
+    for name in SHARDED:
         config = TransformerConfig(**SIZES, value=ValueConfig(**OVERLAYS[name]))
         check_same_training(config, tmp_path / name)

@@ -193,9 +193,7 @@ def test_the_simulation_leaves_nothing_behind():
 @pytest.mark.parametrize(
     "overlay",
     [
-        {},
         {"model": {"config": {"document_start": 0}}},
-        {"model": {"config": {"value": {"add_context": True, "layers": "last_third"}}}},
         {"model": {"config": {"value": {"coefficient": "gate", "add_context": True}}}},
         {"model": {"config": {"value": {"source": "first_layer", "coefficient": 0.5}}}},
         {"activation_checkpointing": True, "batch": {"micro": 8}},
