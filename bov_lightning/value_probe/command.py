@@ -18,7 +18,6 @@ from bov_lightning.value_probe.settings import ProbeSettings
 from data_modules.reader import StripeReader
 from data_modules.sources import TextFiles
 
-
 N_OPEN = 200
 """Files that are read by turns: systems let a process open some more than that."""
 
