@@ -109,9 +109,12 @@ class StandardLibrary(TextSource):
                 raise UserError(f"data: source.{name} is {value}: at least {least}")
         self.val_one_in, self.max_chars = val_one_in, max_chars
         self.root = Path(sysconfig.get_paths()["stdlib"])
+        self._files: list[str] = []
 
     def files(self) -> list[str]:
-        """Paths relative to the library, sorted."""
+        """Paths relative to the library, sorted; they are looked for once."""
+        if self._files:
+            return self._files
         found = []
         for folder, folders, names in os.walk(self.root):
             folders[:] = sorted(set(folders) - self.LEFT_OUT)
@@ -121,7 +124,8 @@ class StandardLibrary(TextSource):
             raise UserError(
                 f"{self.root} holds no .py files: this Python comes without its library's source"
             )
-        return sorted(found)
+        self._files = sorted(found)
+        return self._files
 
     def units(self, split, at_least):
         held_out = split == "val"

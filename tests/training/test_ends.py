@@ -181,13 +181,11 @@ def test_a_sweep_takes_a_run_that_was_ended_early_for_finished(endings, tiny_rec
 @pytest.mark.parametrize(
     ("hook", "n", "what"),
     [
-        (hook, n, what)
-        for hook, n, end in (
-            ("on_train_batch_start", 6, "raise"), ("on_train_batch_end", 5, "interrupt"),
-            ("on_after_backward", 7, "interrupt"), ("on_validation_end", 1, "raise"),
-            ("on_validation_batch_start", 2, "interrupt"), ("on_train_batch_end", 6, "raise"),
-        )
-        for what in ("stop", end)
+        ("on_train_batch_start", 6, "raise"), ("on_train_batch_start", 6, "stop"),
+        ("on_train_batch_end", 5, "interrupt"), ("on_train_batch_end", 6, "raise"),
+        ("on_train_batch_end", 6, "stop"), ("on_after_backward", 7, "interrupt"),
+        ("on_validation_end", 1, "raise"), ("on_validation_batch_start", 2, "interrupt"),
+        ("on_validation_batch_start", 2, "stop"),
     ],
 )  # fmt: skip
 def test_whatever_a_callback_does_the_last_step_is_saved(

@@ -135,13 +135,14 @@ def test_accumulation_may_change_between_resumes(tiny_recipe):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("streaming", [False, True])
-def test_two_processes_equal_one_and_continue_as_one(tiny_recipe, tiny_settings, streaming):
-    """Real ranks over gloo; then the two-process run goes on from step 4 in one process."""
+def test_two_processes_equal_one_and_continue_as_one(tiny_recipe, tiny_settings):
+    """Real ranks over gloo; then the two-process run goes on from step 4 in one process.
+
+    It is a stream that they share; packed rows are in tests/distributed/test_distributed.py.
+    """
     options = ["--model.optimizer.matrix_lr", "1e-4", "--model.optimizer.embedding_lr", "1e-4"]
-    if streaming:
-        source = json.dumps(tiny_settings["data"]["init_args"]["source"])
-        options += [STREAMING[0], STREAMING[1].replace("SOURCE", source)]
+    source = json.dumps(tiny_settings["data"]["init_args"]["source"])
+    options += [STREAMING[0], STREAMING[1].replace("SOURCE", source)]
     one = fit(tiny_recipe, *options, "--run.name", "one")
     command = ("fit", "--config", str(tiny_recipe), *options, "--run.name", "two")
     printed = bov_on_ranks(2, *command)
