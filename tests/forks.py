@@ -1,13 +1,12 @@
 """`bov` commands, and functions of tests, in processes of their own that need not import torch.
 
-A server, one for each process of pytest, imports what others wrote (torch, Lightning, lm-eval) and
-then only forks: every command is a real process with its own process group, signal handlers, files
-and exit code, which imports this package anew and runs it as ``python -m bov_lightning.cli`` would.
-Only what other packages read from the environment when they are imported is the server's. A command
+A server, one for each process of pytest, imports everything (torch, Lightning, lm-eval, this
+package) and then only forks: every command is a real process with its own process group, signal
+handlers, files and exit code, which runs what ``python -m bov_lightning.cli`` would. Only what
+packages read from the environment when they are imported is the server's. A command
 that ends by `sys.exit` has its threads awaited, its exit functions called and its output written,
 as any interpreter does; that the memory of a fork is given back piece by piece (a third of a
-second) is left to the system. A second server, forked from the first, has imported this package
-too, for functions of tests.
+second) is left to the system.
 
 Where several processes run the tests (pytest -n), they are forks of one such process themselves,
 each with a server that was forked from it before it ran any test (`WORKER`).
@@ -15,7 +14,6 @@ each with a server that was forked from it before it ran any test (`WORKER`).
 
 import atexit
 import contextlib
-import functools
 import gc
 import importlib
 import os
@@ -42,10 +40,10 @@ PRELOADED = (
     "datasets", "pyarrow.parquet", "safetensors.torch", "rich.live", "rich.progress",
     "rich.status", "concurrent.futures.process", "multiprocessing.heap",
     "multiprocessing.popen_fork", "multiprocessing.popen_spawn_posix",
-    "multiprocessing.synchronize", "attr",
+    "multiprocessing.synchronize", "attr", "pytest", "bov_lightning.cli.commands",
+    "bov_lightning.training.fit", "data_modules.packed", "data_modules.streaming",
+    "evaluation.callback", "evaluation.command",
 )  # fmt: skip
-OWN = ("pytest", "bov_lightning.training.fit", "evaluation.callback")
-"""What functions of tests find imported besides."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 PROGRAMS = ("bov_lightning.cli", "bov_lightning.cli.__main__")
 WORKER = "--worker"
@@ -88,9 +86,8 @@ class Fork:
         self._status, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, open(os.devnull, "rb") as empty:
             files = (theirs, empty if stdin is None else stdin, stdout, stderr, *pass_fds)
-            server = _functions() if "call" in request else _commands()
             rights = [file if isinstance(file, int) else file.fileno() for file in files]
-            socket.send_fds(server, [pickle.dumps(request)], rights)
+            socket.send_fds(_get_server(), [pickle.dumps(request)], rights)
         self.pid = int(self._status.recv(32))
 
     def fileno(self) -> int:
@@ -215,8 +212,8 @@ _environment = dict(os.environ)
 _processes: list[subprocess.Popen] = []  # kept, since nobody waits for their ends
 
 
-def _commands() -> socket.socket:
-    """The server of commands."""
+def _get_server() -> socket.socket:
+    """The server."""
     global _server
     if _server is None:
         _server, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -228,16 +225,6 @@ def _commands() -> socket.socket:
         _processes.append(process)
         servers.add(process.pid)
     return _server
-
-
-@functools.cache
-def _functions() -> socket.socket:
-    """The server of functions."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        socket.send_fds(_commands(), [pickle.dumps({"import": OWN})], [theirs.fileno()])
-    servers.add(int(ours.recv(32)))
-    return ours
 
 
 class _Popen(subprocess.Popen):
@@ -288,8 +275,7 @@ def _serve(control: socket.socket) -> dict[str, Any]:
         request = pickle.loads(message)
         if (pid := os.fork()) == 0:
             break
-        if "import" not in request:
-            statuses[pid] = files.pop(0)
+        statuses[pid] = files.pop(0)
         for file in files:
             os.close(file)
     signal.set_wakeup_fd(-1)
@@ -298,11 +284,6 @@ def _serve(control: socket.socket) -> dict[str, Any]:
         kept.close()
     for file in statuses.values():
         os.close(file)
-    if "import" in request:
-        _import(request["import"])
-        control = socket.socket(fileno=files[0])
-        control.send(b"%d" % os.getpid())
-        return _serve(control)
     if request["start_new_session"]:
         os.setsid()
     if request.get("fork_children"):
@@ -331,6 +312,11 @@ def _serve(control: socket.socket) -> dict[str, Any]:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # What a console decides when it is made: where it writes to, and in which colours.
+    kept = console.CONSOLE
+    importlib.reload(console)
+    vars(kept).update(vars(console.CONSOLE))
+    console.CONSOLE = kept
     os.write(status, b"%d" % os.getpid())
     for file in files[:4]:
         os.close(file)
@@ -347,10 +333,10 @@ def _tell(statuses: dict[int, int]) -> None:
                 os.close(file)
 
 
-def _import(names: tuple[str, ...]) -> None:
+def _import() -> None:
     """Imports what all forks have then; nothing of it is garbage, which takes long to find out."""
     gc.disable()
-    for name in names:
+    for name in PRELOADED:
         importlib.import_module(name)
     gc.enable()
     gc.freeze()
@@ -385,7 +371,9 @@ if __name__ == "__main__":
         _server.connect(sys.argv[2])
         code = {"code": sys.argv[-1], "fork_children": True}
         sys.exit(Fork(sys.argv, code, stdin=0, stdout=1, stderr=2).wait())
-    _import(PRELOADED)
+    _import()
+    from bov_lightning import console
+
     request = _serve(socket.socket(fileno=int(sys.argv[1])))
     try:
         _run(request)
