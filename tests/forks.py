@@ -243,8 +243,11 @@ class _Popen(subprocess.Popen):
         return Bov(*command[3:], fork_children=True, **given)
 
 
-def _serve(control: socket.socket) -> dict[str, Any]:
-    """Answers requests until nobody can ask any more; returns one in the process that it is for."""
+def _serve(control: socket.socket, of_tests: bool) -> dict[str, Any]:
+    """Answers requests until nobody can ask any more; returns one in the process that it is for.
+
+    What has not ended by then is killed if it was for tests; what a command started may go on.
+    """
     global _server
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -271,6 +274,9 @@ def _serve(control: socket.socket) -> dict[str, Any]:
             continue
         message, files, _, _ = socket.recv_fds(control, 2**20, 100)
         if not message:
+            for pid in statuses if of_tests else ():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             os._exit(0)
         request = pickle.loads(message)
         if (pid := os.fork()) == 0:
@@ -292,7 +298,7 @@ def _serve(control: socket.socket) -> dict[str, Any]:
             _server.close()
             for file in files:
                 os.close(file)
-            return _serve(theirs)
+            return _serve(theirs, of_tests="code" in request)
         theirs.close()
         servers.add(pid)
     status, *standard = files[:4]
@@ -365,16 +371,16 @@ def _run(request: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == WORKER:
-        # Whoever started this ends it, once the worker has been told.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         _server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         _server.connect(sys.argv[2])
         code = {"code": sys.argv[-1], "fork_children": True}
-        sys.exit(Fork(sys.argv, code, stdin=0, stdout=1, stderr=2).wait())
+        worker = Fork(sys.argv, code, stdin=0, stdout=1, stderr=2)
+        signal.signal(signal.SIGINT, lambda *_: worker.send_signal(signal.SIGINT))
+        sys.exit(worker.wait())
     _import()
     from bov_lightning import console
 
-    request = _serve(socket.socket(fileno=int(sys.argv[1])))
+    request = _serve(socket.socket(fileno=int(sys.argv[1])), of_tests=True)
     try:
         _run(request)
     except SystemExit as end:
