@@ -213,7 +213,7 @@ _processes: list[subprocess.Popen] = []  # kept, since nobody waits for their en
 
 
 def _get_server() -> socket.socket:
-    """The server."""
+    """The server, started by whoever needs it first."""
     global _server
     if _server is None:
         _server, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -373,8 +373,8 @@ if __name__ == "__main__":
     if sys.argv[1] == WORKER:
         _server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         _server.connect(sys.argv[2])
-        code = {"code": sys.argv[-1], "fork_children": True}
-        worker = Fork(sys.argv, code, stdin=0, stdout=1, stderr=2)
+        request = {"code": sys.argv[-1], "fork_children": True}
+        worker = Fork(sys.argv, request, stdin=0, stdout=1, stderr=2)
         signal.signal(signal.SIGINT, lambda *_: worker.send_signal(signal.SIGINT))
         sys.exit(worker.wait())
     _import()
