@@ -131,6 +131,8 @@ class Evaluator(Callback):
             nonlocal claim
             if not trainer.is_global_zero:
                 return "done"
+            if self._is_gone(f"step {step} is not evaluated"):
+                return "nowhere"
             claim = claim_step(self.run_directory, step, settings)
             if claim is not None:
                 return "mine"
@@ -176,8 +178,19 @@ class Evaluator(Callback):
     def _publish(self, trainer: Trainer, results: dict[str, Any], step: int) -> None:
         if not trainer.is_global_zero:
             return
-        publish(self.run_directory, step, results, str(self.run_directory))
+        if not self._is_gone(f"the results of step {step} are not written"):
+            publish(self.run_directory, step, results, str(self.run_directory))
         self._log(trainer, results, step)
+
+    def _is_gone(self, what: str) -> bool:
+        """Whether the run was moved away; nothing is made in its place: it may be put back."""
+        if self.run_directory.is_dir():
+            return False
+        say(
+            f"warning: {what}: {self.run_directory} was moved or deleted while it is trained "
+            "(`bov evaluate --watch` makes up for it)"
+        )
+        return True
 
     def _log(self, trainer: Trainer, results: dict[str, Any], step: int) -> None:
         self.status.evaluated_step, self.status.evaluation = step, headline(results)

@@ -7,6 +7,7 @@ of ranks can read them, and reading runs no code. Rank 0 then lists all files wi
 checksums in the marker and renames the directory into place.
 """
 
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from bov_lightning.checkpoint.directory import (
@@ -71,6 +73,13 @@ def write_checkpoint(
     write_directory(target, write)
 
 
+class _InThisRun(FileSystem):
+    """Makes a folder, but not those above it: a run that has been moved away stays away."""
+
+    def mkdir(self, path: str | os.PathLike) -> None:
+        Path(path).mkdir(exist_ok=True)
+
+
 class CheckpointWriter:
     """Writes checkpoints in the background, one at a time."""
 
@@ -82,7 +91,8 @@ class CheckpointWriter:
             run: the run directory.
             config_yaml: the resolved recipe.
             ranks: their group is used by the writing thread alone.
-            check: called on rank 0 before anything is written; raises where it must not be.
+            check: called on rank 0 before anything is written, and when that failed; raises a
+                `UserError` where nothing must be written.
         """
         self.run, self.config_yaml, self.ranks, self.check = run, config_yaml, ranks, check
         # Kept buffers in pinned memory make copies from a GPU fast.
@@ -167,10 +177,10 @@ class CheckpointWriter:
     ) -> None:
         ranks, parts = self.ranks, {WEIGHTS: weights, OPTIMIZER: optimizer}
         try:
-            ranks.on_first(lambda: _reported(target, lambda: self._begin(target, parts, rest)))
-            saved = ranks.together(lambda: _reported(target, lambda: self._save(target, parts)))
+            ranks.on_first(lambda: self._report(target, lambda: self._begin(target, parts, rest)))
+            saved = ranks.together(lambda: self._report(target, lambda: self._save(target, parts)))
             facts = ranks.gather(saved)
-            ranks.on_first(lambda: _reported(target, lambda: _finish(target, step, facts)))
+            ranks.on_first(lambda: self._report(target, lambda: _finish(target, step, facts)))
         except BaseException:
             if ranks.rank == 0:
                 remove(aside_of(target))
@@ -181,8 +191,12 @@ class CheckpointWriter:
     def _begin(self, target: Path, parts: dict[str, State], rest: dict) -> None:
         self.check()
         aside = aside_of(target)
-        remove(aside)
-        aside.mkdir(parents=True)
+        # Not with its parents, see `_InThisRun`.
+        aside.parent.mkdir(exist_ok=True)
+        # Of a run that was moved while it was written, another step's may be left as well.
+        for left in aside.parent.glob(".step-*.partial"):
+            remove(left)
+        aside.mkdir()
         tensors = [tensor for part in parts.values() for tensor in part.values()]
         n_byte = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         free = shutil.disk_usage(aside).free
@@ -202,22 +216,24 @@ class CheckpointWriter:
         aside = aside_of(target)
         for name, tensors in parts.items():
             writer = HuggingFaceStorageWriter(str(aside / name), save_distributed=True)
+            writer.fs = _InThisRun()
             dcp.save(tensors, storage_writer=writer, **self.ranks.dcp_options)
         own = f"shard-{self.ranks.rank + 1:05d}-"
         names = [n for n in list_files(aside) if Path(n).name.startswith(own)]
         return file_facts(aside, names)
 
-
-def _reported(target: Path, work: Callable[[], Any]) -> Any:
-    """The result of ``work``; what the file system refuses is a `UserError`."""
-    try:
-        return work()
-    except (Exception, dcp.CheckpointException) as error:
-        failures = getattr(error, "failures", None) or {0: (error, None)}
-        cause = next(iter(failures.values()))[0]
-        raise file_error(cause, target) or UserError(
-            f"{target} cannot be written: {cause!r}"
-        ) from error
+    def _report(self, target: Path, work: Callable[[], Any]) -> Any:
+        """The result of ``work``; what the file system refuses is a `UserError`."""
+        try:
+            return work()
+        except (Exception, dcp.CheckpointException) as error:
+            if self.ranks.rank == 0:
+                self.check()
+            failures = getattr(error, "failures", None) or {0: (error, None)}
+            cause = next(iter(failures.values()))[0]
+            raise file_error(cause, target) or UserError(
+                f"{target} cannot be written: {cause!r}"
+            ) from error
 
 
 def _finish(target: Path, step: int, facts: list[dict[str, dict[str, int]]]) -> None:

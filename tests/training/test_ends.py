@@ -384,10 +384,15 @@ def test_a_full_disk_of_the_logs_is_only_said(endings, trained, workplace):
 
 
 def test_a_run_that_is_moved_while_it_is_trained_can_be_put_back(endings, trained, capsys):
-    assert main(endings(("endings.Mover", {"away": 3, "back": 6}))) == 0
+    command = endings(("endings.Mover", {"away": 3, "back": 6}))
+    evaluation = ["--evaluation.tasks", "[heldout]", "--evaluation.max_per_task", "2",
+                  "--evaluation.every_steps", "4"]  # fmt: skip
+    assert main([*command, *evaluation]) == 0
     error = capsys.readouterr().err
     assert "step-00000004 cannot be" not in error
-    assert "was moved or deleted while it is trained" in error
+    assert "put it back to have it saved" in error
+    assert "step 4 is not evaluated: runs/tiny was moved or deleted" in error
+    assert [path.name for path in Path("runs/tiny/eval").glob("step-*")] == ["step-00000008"]
     assert newest(RUN) == 8
     assert [path.name for path in Path("runs").iterdir()] == ["tiny"]
     assert_same_tensors(trained, RUN)
