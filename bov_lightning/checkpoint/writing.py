@@ -88,7 +88,7 @@ class CheckpointWriter:
     ):
         """
         Args:
-            run: the run directory.
+            run: the run directory; it is there, and where it is not any more nothing is written.
             config_yaml: the resolved recipe.
             ranks: their group is used by the writing thread alone.
             check: called on rank 0 before anything is written, and when that failed; raises a

@@ -70,6 +70,7 @@ def objects(world: int) -> tuple:
 
 
 def write(ranks: Ranks, run: Path, model, optimizer, step: int) -> None:
+    run.mkdir(exist_ok=True)
     writer = saving.CheckpointWriter(run, "model: {}", ranks)
     state = optimizer_state_of(model, optimizer)
     state |= random_state(ranks.rank, torch.device("cpu"))
