@@ -83,12 +83,14 @@ quickstart: install
 	$(BIN)/bov generate runs/quickstart --prompt "def read(self, path):" --max-new-tokens 80
 	@echo "--- the run lies in runs/quickstart"
 
-# Processes with one thread each, since the tests train tiny models, and one more than two cores: a
-# third of the time a test waits for what it has started. The drills on SLURM clusters wait most of
-# the time, all side by side. TESTS='not slurm' rehearses what is measured on a GPU, too.
+# Processes with one thread each, since the tests train tiny models, and two more than cores: a test
+# often waits for what it has started. The drills on SLURM clusters wait most of the time, all side
+# by side. TESTS='not slurm' rehearses what is measured on a GPU, too.
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+TEST_PROCESSES ?= $(shell expr $(CORES) + 2)
 TESTS ?= not slurm and not rehearsal
 test: $(VENV)/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal -m "$(TESTS)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal -m "$(TESTS)"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 7 --dist loadfile tests/slurm
 
 test-fast: $(VENV)/installed-test
