@@ -16,6 +16,7 @@ from forks import workers
 from leftovers import no_process_left  # noqa: F401 (a fixture of every test)
 
 from bov_lightning.cli import main
+from bov_lightning.model import lookup
 from data_modules.sources import cut_at_lines
 
 if TYPE_CHECKING:
@@ -144,6 +145,15 @@ def workplace(tmp_path, monkeypatch) -> Path:
     """An empty current directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def forget_sources():
+    """A value source whose module a test has taken away again is unknown to the next test."""
+    yield
+    lookup._all[:] = [
+        cls for cls in lookup._all if not lookup.is_own(cls) or cls.__module__ in sys.modules
+    ]
 
 
 @pytest.fixture
