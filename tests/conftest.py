@@ -148,9 +148,12 @@ def workplace(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def forget_sources():
-    """A value source whose module a test has taken away again is unknown to the next test."""
+def modules_as_they_were():
+    """Where Python looks for modules, and the value sources that it knows, are no test's legacy."""
+    path = [*sys.path]
     yield
+    sys.path[:] = path
+    # Those whose module a test has taken away again.
     lookup._all[:] = [
         cls for cls in lookup._all if not lookup.is_own(cls) or cls.__module__ in sys.modules
     ]

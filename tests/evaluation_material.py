@@ -3,7 +3,6 @@
 import importlib.util
 import sys
 
-import pytest
 import torch
 from conftest import REPOSITORY
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -52,8 +51,5 @@ def plain_row(*args):
         spec = importlib.util.spec_from_file_location("benchmark_core", path)
         module = importlib.util.module_from_spec(spec)
         sys.modules["benchmark_core"] = module
-        with pytest.MonkeyPatch.context() as patch:
-            # Scripts put their folder there, and it has a `data` as tests/ have.
-            patch.setattr(sys, "path", [*sys.path])
-            spec.loader.exec_module(module)
+        spec.loader.exec_module(module)
     return sys.modules["benchmark_core"].plain_row(*args)
